@@ -161,9 +161,9 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, clip=False, batch_size=500, generator=None):
         """An unbiased estimate of the whole bound (Eq. 5) on x0 (N, ...), N >= 2: mean, standard error.
-        One t per example, drawn in proportion to the weight of its eps error in Eq. 12 (of t = 2 at t = 1)
-        and divided out again: the first steps carry most of the bound."""
-        weight = self.beta / self.alpha / self.one_minus_alpha_bar.roll(1)              # (T+1,), for t >= 2
+        One t per example, drawn in proportion to (SNR_{t-1} - SNR_t) / (1 + SNR_t), SNR = alpha_bar / (1 -
+        alpha_bar) (at t = 1 as at 2), and divided out again: the first steps carry most of the bound."""
+        weight = self.alpha_bar.roll(1) * self.beta / self.one_minus_alpha_bar.roll(1)      # (T+1,), for t >= 2
         prob = F.normalize(torch.cat([weight[2:3], weight[2:]]), p=1, dim=0)            # (T,)
         t = 1 + torch.multinomial(prob, len(x0), replacement=True, generator=generator)
         nats = [self.vlb(model, x0[i], t[i], None if y is None else y[i], clip, generator) / prob[t[i] - 1]
