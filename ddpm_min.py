@@ -3,10 +3,10 @@
 Tensors in, tensors out: no files, no printing. Equation numbers are that paper's unless another is named.
 Index rule: t runs from 1 to T and index 0 is the data, so beta_0 = 0 and alpha_bar_0 = 1.
 
-    diffusion = GaussianDiffusion(linear_schedule()).float()
+    diffusion = GaussianDiffusion(linear_schedule()).float()    # .to(device), as model, x0 and generator
     model = UNet(channels=1)                            # or any callable model(x_t, t) -> eps, of x_t's shape
     loss = diffusion.loss(model, x0)                    # Algorithm 1, x0 (B, 1, 28, 28) in [-1, 1]
-    *_, x0 = diffusion.sample(model, (16, 1, 28, 28))   # Algorithm 2
+    *_, x0 = diffusion.sample(model, (16, 1, 28, 28))   # Algorithm 2; all 1001 states in turn, x_0 the last
 """
 import copy
 import itertools
@@ -20,7 +20,7 @@ from torch import nn
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
-    """beta_1..beta_T, float64 (T,), evenly spaced (Sec. 4). For T < 1000 raise beta_T: x_T must be noise."""
+    """beta_1..beta_T, float64 (T,), evenly spaced (Sec. 4). For T < 1000 scale both by 1000 / T."""
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
 
@@ -52,9 +52,9 @@ def discretised_log_likelihood(x0, mean, var):
 class GaussianDiffusion(nn.Module):
     """The processes q and p for x of any shape (B, ...), their variational bound and their sampler.
     betas: floating (T,), inside (0, 1); gradients flow through. The buffers beta, alpha, alpha_bar and
-    one_minus_alpha_bar, (T+1,), and samples have its dtype, all else that of x. t: int64 (B,) in 1..T. What
-    does not fit raises ValueError (t's range on the CPU only: elsewhere a look waits for the device). A model
-    is a callable model(x_t, t), or model(x_t, t, y) if labels y, int64 (B,), are given, that returns eps."""
+    one_minus_alpha_bar, (T+1,), and samples have the module's dtype, all else that of x. t: int64 (B,) in
+    1..T. Other shapes, dtypes, t raise ValueError (t on the CPU only: elsewhere a look waits for the device).
+    A model is any callable model(x_t, t), or model(x_t, t, y) if labels y, int64 (B,), are given, -> eps."""
     def __init__(self, betas):
         super().__init__()
         if betas.dim() != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
@@ -66,7 +66,7 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("alpha", (1 - beta).to(betas.dtype))
         self.register_buffer("alpha_bar", log_alpha_bar.exp().to(betas.dtype))
         # stored: taken from a float32 alpha_bar, 1 - alpha_bar_1 would have three good digits
-        self.register_buffer("one_minus_alpha_bar", -torch.expm1(log_alpha_bar).to(betas.dtype))
+        self.register_buffer("one_minus_alpha_bar", torch.expm1(log_alpha_bar).abs().to(betas.dtype))
 
     def _check(self, t, x, *others):
         """Raise ValueError unless x is floating (B, ...), t int64 (B,) in 1..T, and the others are like x."""
@@ -140,7 +140,7 @@ class GaussianDiffusion(nn.Module):
         return F.mse_loss(self._eps(model, self.q_sample(x0, t, eps), t, y), eps)
 
     def vlb(self, model, x0, t, y=None, clip=False, generator=None):
-        """The term of Eq. 5 at t in nats (B,), at one draw of x_t: L_{t-1} for t > 1, L_0 at t = 1.
+        """The term of Eq. 5 at t in nats (B,), at one draw of x_t: L_{t-1}, or L_0 (8-bit data) at t = 1.
         p has the posterior's variance, at t = 1 that of t = 2, so T >= 2. clip as in sample."""
         self._check(t, x0)
         eps = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
@@ -160,10 +160,10 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, clip=False, batch_size=500, generator=None):
-        """An unbiased estimate of the whole bound (Eq. 5) on x0 (N, ...), N >= 2: mean, standard error.
+        """An unbiased estimate of the whole bound (Eq. 5) on x0 (N, ...), N, T >= 2: mean, standard error.
         One t per example, drawn in proportion to (SNR_{t-1} - SNR_t) / (1 + SNR_t), SNR = alpha_bar / (1 -
         alpha_bar) (at t = 1 as at 2), and divided out again: the first steps carry most of the bound."""
-        weight = self.alpha_bar.roll(1) * self.beta / self.one_minus_alpha_bar.roll(1)      # (T+1,), for t >= 2
+        weight = self.alpha_bar.roll(1) * self.beta / self.one_minus_alpha_bar.roll(1)  # (T+1,), for t >= 2
         prob = F.normalize(torch.cat([weight[2:3], weight[2:]]), p=1, dim=0)            # (T,)
         t = 1 + torch.multinomial(prob, len(x0), replacement=True, generator=generator)
         nats = [self.vlb(model, x0[i], t[i], None if y is None else y[i], clip, generator) / prob[t[i] - 1]
@@ -173,26 +173,26 @@ class GaussianDiffusion(nn.Module):
 
     def sample(self, model, shape, steps=None, eta=1.0, clip=True, generator=None):
         """A generator of steps + 1 states of the given shape, x_T ~ N(0, I) first, x_0 last, under no_grad.
-        steps=None, eta=1: Algorithm 2, variance of the posterior; eta=0: DDIM (Song et al. 2021). steps=S: S
-        of the T steps, evenly from T to the data. clip: x0 estimates are brought into [-1, 1]."""
+        steps=None, eta=1: Algorithm 2, sigma_t^2 = beta~_t; eta=0: DDIM (Song et al. 2021). steps=S: S of T
+        steps, evenly. clip: x0 estimates come into [-1, 1], where the data must be. Else ValueError."""
         steps = self.T if steps is None else steps
         if not (1 <= steps <= self.T and 0 <= eta <= 1):
             raise ValueError(f"need 1 <= steps <= {self.T} and 0 <= eta <= 1, got steps={steps}, eta={eta}")
         times = torch.linspace(self.T, 0, steps + 1).round().int().tolist()             # T first, 0 last
         alpha_bar, rest = self.alpha_bar.tolist(), self.one_minus_alpha_bar.tolist()
 
-        noise = {"dtype": self.beta.dtype, "device": self.beta.device, "generator": generator}
+        like = {"dtype": self.beta.dtype, "device": self.beta.device, "generator": generator}
 
         @torch.no_grad()
         def states():
-            x = torch.randn(shape, **noise)
+            x = torch.randn(shape, **like)
             yield x
             for t, s in itertools.pairwise(times):
                 x0, eps = self._x0_and_eps(model, x, torch.full(shape[:1], t, device=x.device), None, clip)
                 var = eta**2 * rest[s] / rest[t] * (1 - alpha_bar[t] / alpha_bar[s])    # Song et al., Eq. 16
                 x = alpha_bar[s] ** 0.5 * x0 + max(rest[s] - var, 0) ** 0.5 * eps       # Song et al., Eq. 12
                 if s > 0:                                                               # no noise enters x_0
-                    x = x + var**0.5 * torch.randn(shape, **noise)
+                    x = x + var**0.5 * torch.randn(shape, **like)
                 yield x
         return states()
 
@@ -297,7 +297,7 @@ class EMA:
 
 def encode_png(frames, fps=20):
     """PNG bytes of a list of one uint8 frame (H, W) or (H, W, 3); of several frames, an endless animated PNG.
-    frames: tensors or arrays of one shape, else ValueError; fps > 0 (W3C PNG specification, 2025)."""
+    frames: tensors or arrays of one shape, else ValueError; fps: int, 1..65535 (W3C PNG, 2025)."""
     frames = [torch.as_tensor(frame).cpu() for frame in frames]
     shape = frames[0].shape if frames else ()
     if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)) or 0 in shape \

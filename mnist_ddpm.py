@@ -22,20 +22,20 @@ import torch
 import ddpm_min as ddpm
 
 # Options that are numbers: default on a CPU, on a GPU; lowest and highest value, telling the type; help.
-NUMBERS = {"epochs": (2.5, 30.0, 1e-6, 1e6, "passes over the data, may be fractional"),
+NUMBERS = {"epochs": (1.75, 30.0, 1e-6, 1e6, "passes over the data, may be fractional"),
            "batch_size": (32, 256, 1, 10**6, "images a step"),
            "lr": (0.02, 0.02, 1e-9, 1e3, "peak learning rate of Muon, ten times that of AdamW"),
            "width": (48, 96, 8, 1024, "channels of the U-Net, a multiple of 8"),
            "seed": (0, 0, 0, 2**31, "of all randomness"),
            "sample": (None, None, 1, 10**5, "do not train, draw this many images with the model in --out"),
-           "steps": (50, 50, 1, 1000, "with --sample: network evaluations an image"),
+           "steps": (50, 50, 1, 1000, "with --sample: denoising steps an image"),
            "eta": (1.0, 1.0, 0.0, 1.0, "with --sample: 1 is DDPM, 0 is DDIM"),
            "label": (None, None, 0, 999, "with --sample: the only class to draw"),
            "guidance": (1.0, 1.0, -100.0, 100.0, "with --sample: s of classifier-free guidance")}
 SCHEDULES = {"cosine": ddpm.cosine_schedule, "linear": ddpm.linear_schedule}
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mnist.npz")
 LAYOUT = "an .npz of uint8 x_train, x_test (N, H, W) or (N, H, W, 3), int y_train, y_test (N,)"
-EPILOG = "The defaults take under 15 minutes on two CPU cores; on a GPU they train longer and aim at 2 minutes."
+EPILOG = "Defaults take under 15 minutes on two CPU cores; on a GPU they train longer and aim at 2 minutes."
 
 
 def fail(message):
@@ -47,6 +47,7 @@ def fail(message):
 def write_file(path, data):
     """Replace a file by the bytes `data` in one step; after an OSError (full disk) the old one is whole."""
     temporary = f"{path}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -240,7 +241,7 @@ def sample(run, args):
     columns = math.ceil(n / classes if classes and label is None else n**0.5)
     y = (torch.arange(n) // columns if label is None else torch.full((n,), label)).to(run.device)
     options = {key: vars(args)[key] for key in ("steps", "eta", "guidance") if vars(args)[key] is not None}
-    images = torch.cat([list(draw(run, part, run.generator, **options))[-1] for part in y.split(500)])
+    images = torch.cat([list(draw(run, part, run.generator, **options))[-1] for part in y.split(250)])
     write_file(os.path.join(args.out, "samples.png"), ddpm.encode_png([grid(images, columns)]))
     if npz:
         buffer = io.BytesIO()
@@ -308,7 +309,6 @@ def main(argv=None):
             fail(f"{config['data']}: {len(x)} images, less than a batch or not what {path} was trained on")
         if run:
             print(f"going on at step {run.step} of {run.total}; the last ends the learning rate's cosine")
-        os.makedirs(args.out, exist_ok=True)
         train(run or Run({**config, **facts}, device), x, y, args.out)
     except OSError as error:
         fail(f"cannot write: {error}; what was saved before is whole")
