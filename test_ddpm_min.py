@@ -1,12 +1,18 @@
 """Proofs of ddpm_min.py and swiss_roll.py, trials of mnist_ddpm.py:  pytest test_ddpm_min.py
 
-Oracles are independent of the code under test: numpy recursions, Bayes' rule on a grid, torch.distributions, data that
-is exactly Gaussian. Closed forms hold to 1e-10 in float64 unless a line says why not, Monte Carlo to 5 standard errors.
-The identities run on a CUDA device, too, where there is one.
+Oracles are independent of the code under test: numpy products, Bayes' rule, quadrature, a PNG
+decoder, torch.distributions, data that is exactly Gaussian. Closed forms hold to 1e-10 in float64 unless a
+line says why not, Monte Carlo to 5 standard errors. The identities of ddpm_min.py run on CUDA, too,
+where there is a device.
 """
-import itertools
+import functools
 import math
+import os
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 
 import numpy as np
@@ -14,22 +20,21 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+import mnist_ddpm
+import swiss_roll as roll
 from ddpm_min import (EMA, GaussianDiffusion, UNet, classifier_free, classifier_guided, cosine_schedule,
                       discretised_log_likelihood, encode_png, gaussian_kl, linear_schedule)
 
 T, BETAS = 50, np.linspace(0.002, 0.3, 50)
 BAR = np.array([np.prod(1 - BETAS[:t]) for t in range(T + 1)])          # alpha_bar, index 0 the data
-MEAN, VAR = 0.3, 0.25                                                   # of data that is exactly Gaussian
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+ONE, X = torch.ones(2, dtype=torch.int64), torch.ones(2, 3)
+SHORT = torch.tensor([0.07, 0.2, 0.4, 0.55, 0.3], dtype=torch.float64)  # betas of a chain in two dimensions
 
 @pytest.fixture(params=["cpu", CUDA])
-def device(request):
+def diffusion(request):
     with torch.device(request.param):
-        yield request.param
-
-@pytest.fixture
-def diffusion(device):
-    return GaussianDiffusion(torch.tensor(BETAS))
+        yield GaussianDiffusion(torch.tensor(BETAS))
 
 def seeded(seed):
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
@@ -37,269 +42,295 @@ def seeded(seed):
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=seeded(seed))
 
-def at(values, t, x):
-    return torch.tensor(values)[t].reshape(-1, *[1] * (x.dim() - 1))
-
-def every_t():
-    return torch.arange(1, T + 1)
-
-def exact_eps(x_t, t):
-    """E[eps | x_t] where x0 ~ N(MEAN, VAR): eps and x_t are jointly Gaussian."""
-    bar = at(BAR, t, x_t)
-    return (1 - bar).sqrt() * (x_t - bar.sqrt() * MEAN) / (bar * VAR + 1 - bar)
+def every_t():  # t = 1..T; alpha_bar_t, alpha_bar_{t-1}, beta_t as columns
+    return torch.arange(1, T + 1), *(torch.tensor(v)[:, None] for v in (BAR[1:], BAR[:-1], BETAS))
 
 def equal(a, b, tolerance=1e-10):
-    a, b = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (a, b))
+    a, b = (torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in (a, b))
     assert a.shape == b.shape and bool(((a - b).abs() <= tolerance * (1 + b.abs())).all()), (a, b)
 
-def close_in_mean(samples, expected):
-    """The mean of independent samples is the expected value to 5 standard errors."""
-    assert abs(samples.mean() - expected) < 5 * samples.std() / math.sqrt(len(samples))
-
-def test_linear_and_cosine_schedules_have_their_closed_forms(device):
+def test_schedules_have_their_closed_forms_and_buffers_start_at_the_data_and_keep_float32(diffusion):
     equal(linear_schedule(5, 0.1, 0.5), [0.1, 0.2, 0.3, 0.4, 0.5])
-    equal(linear_schedule()[[0, -1]], [1e-4, 0.02])
-    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
-    equal(torch.cumprod(1 - cosine_schedule(), 0)[:990], np.array(f[1:991]) / f[0])
-    assert linear_schedule().dtype == cosine_schedule().dtype == torch.float64 and len(linear_schedule()) == 1000
-    assert cosine_schedule()[-1] == 0.999 and (cosine_schedule()[:-1] < 0.999).all()
+    equal(linear_schedule(), np.linspace(1e-4, 0.02, 1000))
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    equal(torch.cumprod(1 - cosine_schedule(), 0)[:999], f[1:1000] / f[0])
+    assert cosine_schedule()[999:] == 0.999
+    for values, expected in (("beta", [0, *BETAS]), ("alpha", [1, *1 - BETAS]), ("alpha_bar", BAR)):
+        equal(getattr(diffusion, values), expected)
+    d, exact = GaussianDiffusion(linear_schedule().float()), 1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    assert {buffer.dtype for buffer in d.buffers()} == {torch.float32} and d.alpha_bar[1000] < 1e-4
+    equal(d.one_minus_alpha_bar[1:].cpu().double().numpy() / exact, np.ones(1000), 3e-7)        # float32
 
-def test_buffers_start_at_the_data_and_one_minus_alpha_bar_is_precise_in_float32(diffusion):
-    equal(diffusion.beta, [0, *BETAS])
-    equal(diffusion.alpha, 1 - np.array([0, *BETAS]))
-    equal(diffusion.alpha_bar, BAR)
-    exact = 1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    rest = GaussianDiffusion(linear_schedule()).float().one_minus_alpha_bar
-    assert rest.dtype == GaussianDiffusion(linear_schedule().float()).alpha_bar.dtype == torch.float32
-    equal(rest[1:].double() / torch.tensor(exact), np.ones(1000), 1e-7)                 # float32: 6e-8 of each
-    betas = torch.tensor(BETAS, requires_grad=True)
-    GaussianDiffusion(betas).alpha_bar[T].backward()
-    equal(betas.grad, -BAR[T] / (1 - BETAS))
-
-def test_q_sample_equals_t_single_steps(diffusion):
-    signal, noise = 1.0, 0.0
-    for t, beta in enumerate(BETAS, 1):
-        signal, noise = signal * math.sqrt(1 - beta), noise * (1 - beta) + beta
-        x0, eps = randn(1, 3, 2), randn(1, 3, 2, seed=1)
-        equal(diffusion.q_sample(x0, torch.tensor([t]), eps), signal * x0 + math.sqrt(noise) * eps)
-
-def test_q_posterior_is_bayes_rule_on_a_grid_and_the_data_itself_at_t_1(diffusion):
-    grid, x0, x_t = np.linspace(-8, 8, 40001), randn(T, 1), randn(T, 1, seed=1)
-    mean, var = diffusion.q_posterior(x0, x_t, every_t())
-    assert mean[0] == x0[0] and var[0] == 0
-    for t in range(2, T + 1):
-        prior = -(grid - math.sqrt(BAR[t - 1]) * x0[t - 1].item()) ** 2 / (1 - BAR[t - 1]) / 2
-        likelihood = -(x_t[t - 1].item() - math.sqrt(1 - BETAS[t - 1]) * grid) ** 2 / BETAS[t - 1] / 2
-        p = np.exp(prior + likelihood - (prior + likelihood).max())
-        equal(mean[t - 1], [p @ grid / p.sum()])
-        equal(var[t - 1], [p @ (grid - p @ grid / p.sum()) ** 2 / p.sum()])
-
-def test_eq_11_equals_eq_7_and_predict_eps_inverts_predict_x0(diffusion):
-    t, x_t, eps = every_t(), randn(T, 2, 3), randn(T, 2, 3, seed=1)
-    x0 = diffusion.predict_x0(x_t, t, eps)
-    eq_11 = (x_t - at(BETAS, t - 1, x_t) / (1 - at(BAR, t, x_t)).sqrt() * eps) / (1 - at(BETAS, t - 1, x_t)).sqrt()
-    equal(diffusion.q_posterior(x0, x_t, t)[0], eq_11)
+def test_q_sample_is_eq_4_predict_and_score_invert_it_and_q_posterior_is_eq_11_and_bayes_rule(diffusion):
+    (t, bar, before, beta), x0, eps = every_t(), randn(T, 2), randn(T, 2, seed=1)
+    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
     equal(diffusion.q_sample(x0, t, eps), x_t)
+    equal(diffusion.predict_x0(x_t, t, eps), x0)
     equal(diffusion.predict_eps(x_t, t, x0), eps)
+    equal(diffusion.score(lambda x, t: eps, x_t, t), -(x_t - bar.sqrt() * x0) / (1 - bar))
+    mean, var = diffusion.q_posterior(x0, x_t, t)
+    equal(mean, (x_t - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt())
+    bayes = 1 / (1 / (1 - before) + (1 - beta) / beta)                      # precisions add up
+    equal(mean[1:], (bayes * (before.sqrt() * x0 / (1 - before) + (1 - beta).sqrt() * x_t / beta))[1:])
+    equal(var, bayes)                                                       # 0 at t = 1
 
-def test_score_of_gaussian_data_is_the_gradient_of_its_log_density(diffusion):
-    x, bar = randn(T, 3).requires_grad_(), torch.tensor(BAR[1:, None])
-    log_q = Normal(bar.sqrt() * MEAN, (bar * VAR + 1 - bar).sqrt()).log_prob(x).sum()
-    equal(diffusion.score(exact_eps, x.detach(), every_t()), torch.autograd.grad(log_q, x)[0])
-
-def test_loss_is_the_squared_error_of_eps_with_t_uniform_on_1_to_T(diffusion):
-    seen, errors, x0 = [], [], randn(7, 100)
-
+def test_loss_is_the_squared_error_of_eps_with_t_uniform_on_1_to_T(diffusion, monkeypatch):
     def model(x_t, t, y):
+        bar = torch.tensor(BAR)[t][:, None]
+        errors.append(((x_t - bar.sqrt() * x0) / (1 - bar).sqrt() - x_t * y[:, None]).square().mean())
         seen.append(t)
-        eps = (x_t - at(BAR, t, x_t).sqrt() * x0) / (1 - at(BAR, t, x_t)).sqrt()
-        errors.append((eps - x_t * y[:, None]).square().mean())
         return x_t * y[:, None]
-
-    losses = [diffusion.loss(model, x0, torch.arange(7)) for _ in range(1000)]
-    equal(torch.stack(losses), torch.stack(errors))
+    seen, errors, x0, y = [], [], randn(7, 100), torch.arange(7)
+    equal(torch.stack([diffusion.loss(model, x0, y) for _ in range(500)]), torch.stack(errors))
     counts = torch.bincount(torch.cat(seen), minlength=T + 1)
-    assert counts[0] == 0 and len(counts) == T + 1
-    assert ((counts[1:] - 7000 / T).abs() < 5 * math.sqrt(7000 / T)).all()
-    assert all(len(t.unique()) == 7 and t.max() - t.min() > T / 2 for t in seen)        # spread within a batch
-    assert diffusion.loss(model, x0, torch.zeros(7), seeded(5)) == diffusion.loss(model, x0, torch.zeros(7), seeded(5))
-
-def test_kl_and_prior_kl_equal_torch_distributions(diffusion):
-    m, p, v, w = randn(4, 50)
-    expected = kl_divergence(Normal(m, (v / 2).exp()), Normal(p, (w / 2).exp()))
-    equal(gaussian_kl(m, v.exp(), p, w.exp()), expected)
-    x0 = randn(5, 3, 2)
-    q = Normal(math.sqrt(BAR[T]) * x0, torch.full_like(x0, math.sqrt(1 - BAR[T])))
-    equal(diffusion.prior_kl(x0), kl_divergence(q, Normal(torch.zeros_like(x0), torch.ones_like(x0))).sum((1, 2)))
+    assert counts[0] == 0 and ((counts[1:] - 3500 / T).abs() < 5 * math.sqrt(3500 / T)).all()
+    assert all(len(t.unique()) == 7 and t.max() - t.min() > T / 2 for t in seen)        # low discrepancy
+    monkeypatch.setattr(torch, "randn", functools.partial(torch.randn, device="meta"))  # x0 has one
+    assert diffusion.loss(model, x0, y, seeded(5)) == diffusion.loss(model, x0, y, seeded(5))
 
 @pytest.mark.parametrize("mean, std", [(0.1, 0.01), (-0.99, 0.05), (1.3, 0.2), (0.0, 2.0)])
-def test_decoder_masses_are_cdf_differences_and_sum_to_one(device, mean, std):
+def test_decoder_masses_are_cdf_differences_and_sum_to_one(diffusion, mean, std):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     log_mass = discretised_log_likelihood(levels, *torch.tensor([mean, std**2], dtype=torch.float64))
-    phi = [0, *(math.erfc((mean - edge) / std / math.sqrt(2)) / 2 for edge in (levels[:-1] + 1 / 255).tolist()), 1]
-    equal(log_mass.exp(), np.diff(phi))
-    equal(log_mass.exp().sum(), 1)
-    assert log_mass.isfinite().all()                                    # far into either tail, too
+    phi = [math.erfc((mean - edge) / std / math.sqrt(2)) / 2 for edge in (levels[:-1] + 1 / 255).tolist()]
+    equal(log_mass.exp(), np.diff([0, *phi, 1]))
+    assert log_mass.isfinite().all() and abs(log_mass.exp().sum() - 1) < 1e-10
 
-def test_vlb_of_gaussian_data_has_its_closed_form_mean(diffusion):
-    x0 = MEAN + math.sqrt(VAR) * randn(20000, 2)
-    for t in range(2, T + 1):
-        bar, before, beta = BAR[t], BAR[t - 1], BETAS[t - 1]
-        residual = VAR * (1 - bar) / (bar * VAR + 1 - bar)              # Var(x0 | x_t)
-        tilde = (1 - before) / (1 - bar) * beta
-        terms = diffusion.vlb(exact_eps, x0, torch.full((20000,), t))
-        close_in_mean(terms, 2 * before * beta**2 / (1 - bar) ** 2 * residual / 2 / tilde)
+@pytest.mark.parametrize("slope, clip", [(0.0, False), (-3.0, False), (-3.0, True)])
+def test_vlb_is_eq_12_and_at_t_1_the_decoder_and_kl_and_prior_kl_are_those_of_torch(diffusion, slope, clip):
+    (t, bar, before, beta), x0, eps = every_t(), randn(T, 3, seed=1).clamp(-0.9, 0.9), randn(T, 3, seed=3)
+    terms = diffusion.vlb(lambda x, t: slope * x, x0, t, clip=clip, generator=seeded(3))
+    x_t, tilde = bar.sqrt() * x0 + (1 - bar).sqrt() * eps, (1 - before) / (1 - bar) * beta
+    x0_model = (x_t - (1 - bar).sqrt() * slope * x_t) / bar.sqrt()
+    x0_model = x0_model.clamp(-1, 1) if clip else x0_model
+    error = eps - (x_t - bar.sqrt() * x0_model) / (1 - bar).sqrt()
+    p = Normal(x0_model[0], tilde[1].sqrt())                                # with the variance of t = 2
+    equal(terms[0], -(p.cdf(x0[0] + 1 / 255) - p.cdf(x0[0] - 1 / 255)).log().sum(), 1e-8)       # cancellation
+    equal(terms[1:], (beta**2 / (2 * tilde * (1 - beta) * (1 - bar)) * error**2).sum(1)[1:], 1e-9)      # too
+    kl = kl_divergence(Normal(x0, tilde[1]), Normal(eps, bar.sqrt()))
+    equal(gaussian_kl(x0, tilde[1] ** 2, eps, bar), kl)
+    kl = kl_divergence(Normal(math.sqrt(BAR[T]) * x0, math.sqrt(1 - BAR[T])), Normal(0 * x0, 1)).sum(1)
+    equal(diffusion.prior_kl(x0.reshape(T, 3, 1)), kl)
 
-def test_vlb_at_t_1_is_the_decoder_with_the_variance_of_t_2_and_clip_bounds_x0(diffusion):
-    x0, ones = torch.randint(1, 255, (4, 3)).double() / 127.5 - 1, torch.ones(4, dtype=torch.int64)
-    for slope, clip in ((0.0, False), (-3.0, True)):
-        value = diffusion.vlb(lambda x, t: slope * x, x0, ones, clip=clip, generator=seeded(3))
-        x_1 = math.sqrt(BAR[1]) * x0 + math.sqrt(1 - BAR[1]) * randn(4, 3, seed=3)
-        mean = (1 - slope * math.sqrt(1 - BAR[1])) * x_1 / math.sqrt(BAR[1])
-        p = Normal(mean.clamp(-1, 1) if clip else mean, math.sqrt((1 - BAR[1]) / (1 - BAR[2]) * BETAS[1]))
-        equal(value, -(p.cdf(x0 + 1 / 255) - p.cdf(x0 - 1 / 255)).log().sum(1), 1e-8)   # cdf differences cancel
-
-def test_bits_per_dim_is_an_unbiased_estimate_with_its_standard_error(diffusion):
+def test_bits_per_dim_is_unbiased_with_its_standard_error_and_draws_t_by_SNR(diffusion):
     def model(x_t, t, y):
-        return exact_eps(x_t, t) + 0.1 * y[:, None]
-
-    n, y = 20000, torch.arange(20000) % 2
+        seen.append(t.cpu())
+        return 0.5 * x_t + 0.1 * y[:, None]
+    n, y, seen, snr = 10000, torch.arange(10000) % 2, [], BAR[1:] / (1 - BAR[1:])
     x0 = (randn(n, 2) * 40).round().clamp(-127, 127) / 127.5 + 1 / 255
-    whole = sum(diffusion.vlb(model, x0, torch.full((n,), t), y) for t in range(1, T + 1)) + diffusion.prior_kl(x0)
-    whole = whole / 2 / math.log(2)
-    bits, error = diffusion.bits_per_dim(model, x0, y, batch_size=999)
-    assert abs(bits - whole.mean()) < 5 * math.hypot(error, whole.std() / math.sqrt(n))
-    again = np.std([diffusion.bits_per_dim(model, x0[i::100], y[i::100])[0] for i in range(100)])
-    assert abs(again / 10 / error - 1) < 5 / math.sqrt(2 * 100)         # the error of a standard deviation
-    assert error < whole.std() / math.sqrt(n) * 20                      # importance sampling works
+    for clip in (False, True):
+        bits, error = diffusion.bits_per_dim(model, x0, y, clip, batch_size=999)
+        terms = [diffusion.vlb(model, x0, torch.full((n,), t), y, clip) for t in range(1, T + 1)]
+        whole = (sum(terms) + diffusion.prior_kl(x0)) / 2 / math.log(2)
+        assert abs(bits - whole.mean()) < 5 * math.hypot(error, whole.std() / math.sqrt(n))
+    weight = np.diff(snr) / (1 + snr[1:])
+    expected = n * np.append(weight[0], weight) / (weight[0] + weight.sum())
+    counts = torch.bincount(torch.cat(seen[:11]), minlength=T + 1)[1:].numpy()          # 11 batches of 999
+    assert sum(counts) == n and (abs(counts - expected) < 5 * np.sqrt(expected + 1)).all()
+    again = [diffusion.bits_per_dim(model, x0[i::100], y[i::100], True)[0] for i in range(100)]
+    assert abs(np.std(again) / 10 / error - 1) < 5 / math.sqrt(2 * 100)     # of a standard deviation
 
-@pytest.mark.parametrize("eta, steps, clip", [(1, None, False), (1, None, True), (0, None, False), (0.5, 6, True),
-                                              (0, 7, True), (1, 1, False)])
-def test_sample_is_algorithm_2_and_ddim_from_T_to_the_data(diffusion, eta, steps, clip):
-    seen = []
-
+@pytest.mark.parametrize("eta, steps, clip", [(1, None, False), (1, None, True), (0, None, False),
+                                              (0.5, 6, True), (0, 7, True), (1, 1, False)])
+def test_sample_is_algorithm_2_and_ddim_from_T_to_the_data(diffusion, eta, steps, clip, monkeypatch):
     def model(x_t, t):
         assert not torch.is_grad_enabled() and t.shape == (5,) and t.dtype == torch.int64
         seen.append(t[0].item())
-        return 2 * exact_eps(x_t, t)
-
-    states = list(diffusion.sample(model, (5, 2), steps, eta, clip, seeded(4)))
-    times = [round(T * i / (steps or T)) for i in range(steps or T, -1, -1)]
-    assert seen == times[:-1] and len(states) == len(times) and torch.is_grad_enabled()
-    noise = (torch.randn(5, 2, dtype=torch.float64, generator=g) for g in itertools.repeat(seeded(4)))
-    x = next(noise)
-    equal(states[0], x)
-    for state, t, s in zip(states[1:], times, times[1:]):
-        eps = 2 * exact_eps(x, torch.full((5,), t))
-        x0 = (x - math.sqrt(1 - BAR[t]) * eps) / math.sqrt(BAR[t])
-        if clip:
-            x0 = x0.clamp(-1, 1)
-            eps = (x - math.sqrt(BAR[t]) * x0) / math.sqrt(1 - BAR[t])
+        return x_t / t[:, None] ** 0.5
+    seen, times, draws = [], [round(T * i / (steps or T)) for i in range(steps or T, -1, -1)], seeded(4)
+    x, *noise = [torch.randn(5, 2, dtype=torch.float64, generator=draws) for _ in times[1:]]
+    monkeypatch.setattr(torch, "randn", functools.partial(torch.randn, device="meta"))  # beta has one
+    first, *states = diffusion.sample(model, (5, 2), steps, eta, clip, seeded(4))
+    assert seen == times[:-1] and len(states) == len(seen) and torch.is_grad_enabled() and (first == x).all()
+    for state, t, s, z in zip(states, times, times[1:], [*noise, 0 * x]):   # no noise enters x_0
+        x0 = (x - math.sqrt(1 - BAR[t]) * x / t**0.5) / math.sqrt(BAR[t])
+        x0 = x0.clamp(-1, 1) if clip else x0
+        eps = (x - math.sqrt(BAR[t]) * x0) / math.sqrt(1 - BAR[t])
         sigma = eta * math.sqrt((1 - BAR[s]) / (1 - BAR[t]) * (1 - BAR[t] / BAR[s]))
-        if eta == 1 and steps is None:                                  # Algorithm 2, else DDIM
-            x = (x - BETAS[t - 1] / math.sqrt(1 - BAR[t]) * eps) / math.sqrt(1 - BETAS[t - 1])
-        else:
-            x = math.sqrt(BAR[s]) * x0 + math.sqrt(1 - BAR[s] - sigma**2) * eps
-        x = x + sigma * next(noise) if s > 0 else x
-        equal(state, x, 1e-8)                                           # rounding grows along the chain
-
-def test_samples_of_gaussian_data_have_the_moments_of_the_chain(diffusion):
-    *_, x0 = diffusion.sample(exact_eps, (4000, 1), clip=False, generator=seeded(1))
-    var = 1.0
-    for t, beta in reversed(list(enumerate(BETAS, 1))):
-        var *= (1 - beta / (BAR[t] * VAR + 1 - BAR[t])) ** 2 / (1 - beta)
-        var += (1 - BAR[t - 1]) / (1 - BAR[t]) * beta
-    close_in_mean(x0, MEAN)
-    close_in_mean((x0 - MEAN) ** 2, var)
+        ddim = math.sqrt(BAR[s]) * x0 + math.sqrt(1 - BAR[s] - sigma**2) * eps
+        algorithm_2 = (x - BETAS[t - 1] / math.sqrt(1 - BAR[t]) * eps) / math.sqrt(1 - BETAS[t - 1])
+        x = (algorithm_2 if eta == 1 and steps is None else ddim) + sigma * z
+        equal(state, x, 1e-8)                                               # rounding grows along the chain
 
 def test_classifier_free_mixes_and_classifier_guided_follows_the_gradient(diffusion):
-    def model(x_t, t, y):
-        return x_t * (y[:, None] + 3)
+    (t, bar, *_), x, y, s = every_t(), randn(T, 3), torch.arange(T), 2.5
+    equal(classifier_free(lambda x, t, y: x * (y[:, None] + 3), y, s)(x, t), x * (2 + s * (y[:, None] + 1)))
+    with torch.no_grad():
+        eps = classifier_guided(diffusion, lambda x, t: 3 * x, lambda x, t: -(x**2).sum(1) * t, s)(x, t)
+    equal(eps, 3 * x + s * (1 - bar).sqrt() * 2 * x * t[:, None])
 
-    def log_prob(x_t, t):
-        return -(x_t**2).sum(1) * t
+def test_log_density_is_of_the_roll_a_finer_sum_a_histogram_and_integrates_to_1_and_to_the_ceiling():
+    theta, s2 = (1.5 + 3 * (np.arange(200000) + 0.5) / 200000) * math.pi, 0.02**2
+    z = theta * np.exp(1j * theta)
+    z, s2 = (z - z.mean()) / roll.unit(0.02), s2 / roll.unit(0.02) ** 2
+    equal(s2 + (abs(z) ** 2).mean() / 2, 1, 1e-8)                           # a midpoint rule, here and below
+    x = z[130000] * (1 + 2 * s2**0.5 / abs(z[130000]))                      # two noise widths off
+    exact = math.log(np.exp(-abs(z - x) ** 2 / (2 * s2)).mean() / (2 * math.pi * s2))
+    equal(roll.log_density(torch.tensor([[x.real, x.imag]], dtype=torch.float64), 0.02), [exact], 1e-8)
+    axis = (torch.arange(160, dtype=torch.float64) + 0.5) / 20 - 4
+    p = roll.log_density(torch.cartesian_prod(axis, axis), 1.0).exp().reshape(160, 160) / 400
+    equal(p.sum(), 1, 1e-9)                                                 # the grid's ends
+    equal(roll.ceiling(1.0), (p * (p * 400).log()).sum(), 2e-3)             # its few nodes
+    count = np.histogram2d(*roll.swiss_roll(200000, 1.0, seeded(2)).numpy().T, 16, [[-4, 4]] * 2)[0]
+    expected = 200000 * p.reshape(16, 10, 16, 10).sum((1, 3)).numpy()
+    assert (abs(count - expected) <= 5 * np.sqrt(expected) + 2).all()
+    for noise, bits in ((0.02, 2.70), (0.05, 1.37)):
+        assert abs(roll.ceiling(noise) / math.log(2) - bits) < 0.03
+        assert bits < -math.log2(2 * math.pi * math.e * roll.schedule(noise)[0])        # the cap by beta_1
 
-    x, t, y = randn(T, 3), every_t(), every_t() - 1
-    for s in (0, 1, 2.5):
-        equal(classifier_free(model, y, s)(x, t), x * (2 + s * (y[:, None] + 1)))
-        with torch.no_grad():
-            guided = classifier_guided(diffusion, exact_eps, log_prob, s)(x, t)
-        equal(guided, exact_eps(x, t) + s * (1 - at(BAR, t, x)).sqrt() * 2 * x * t[:, None])
+@pytest.mark.parametrize("noise", [0.02, 0.5])
+def test_the_schedule_has_the_odds_it_states(noise):
+    s2, odds = (noise / roll.unit(noise)) ** 2, 1 / torch.cumprod(1 - roll.schedule(noise), 0) - 1
+    growth = torch.log(s2 + odds[:37]).diff()
+    equal(growth, growth.mean().expand(36), 1e-9)                           # odds lose digits
+    equal(torch.log(odds[36:] / 0.5) / math.log(300), [0, 1 / 9, 4 / 9, 1], 1e-9)
+    equal(odds[0] / s2, 0.001, 1e-9)
+    assert len(odds) == roll.T == 40 and math.log2(1 + 1 / odds[39]) < 0.01
 
-ONE, X = torch.ones(2, dtype=torch.int64), torch.ones(2, 3)
+@pytest.mark.parametrize("v", [[1.0, 1.0], [1.7, 0.3]])
+def test_K_is_minus_H_for_normal_data_and_less_by_edge_and_prior_KL_for_unequal_variances(v):
+    def exact(x, t):                                                        # p(x^{t-1} | x^t) of N(0, diag v)
+        gain = torch.tensor(c[t - 1] / c[t])[:, None]
+        return (1 - SHORT[t - 1, None, None]).sqrt() * gain * x, SHORT[t - 1, None, None] * gain
+    bar, b, v = np.cumprod(np.append(1, 1 - SHORT))[:, None], SHORT[0].item(), np.array(v)
+    c = bar * v + 1 - bar                                                   # Var x^t
+    var, slope = v * b / c[1], math.sqrt(1 - b) * (v / c[1] - 1)            # q(x^0 | x^1)
+    edge = (np.log(b / var) + (var + slope**2 * c[1]) / b - 1).sum() / 2
+    z, w = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(3))         # exact for squares
+    nodes, weight = torch.cartesian_prod(z, z, z, z), torch.cartesian_prod(w, w, w, w).prod(1) / w.sum() ** 4
+    x0, eps = nodes[:, :2] * torch.tensor(v).sqrt(), nodes[:, 2:].repeat(4, 1, 1)
+    K = weight @ roll.bound(x0, GaussianDiffusion(SHORT), exact, eps)
+    equal(K, -np.log(2 * math.pi * math.e * v).sum() / 2 - edge - (c[-1] - 1 - np.log(c[-1])).sum() / 2)
 
-@pytest.mark.parametrize("x, t, other", [(X, 0 * ONE, X), (X, (T + 1) * ONE, X), (X, ONE.int(), X), (X, ONE[:1], X),
-                                         (X.byte(), ONE, X.byte()), (X, ONE, X[:, :2])])
-def test_what_does_not_fit_raises_value_error(x, t, other):
-    d, calls = GaussianDiffusion(torch.tensor(BETAS)), []
-    calls += [(d.q_sample, x, t, other), (d.q_posterior, other, x, t), (d.predict_x0, x, t, other)]
-    calls += [(d.predict_eps, x, t, other), (d.score, lambda x, t: other, x, t), (d.vlb, lambda x, t: other, x, t)]
-    calls += [(GaussianDiffusion, betas) for betas in (X, X[0], 0 * X[0], X[0, :0])]
-    calls += [(d.sample, exact_eps, (1,), *bad) for bad in ((0,), (T + 1,), (1, -0.1), (1, 1.1), (1, math.nan))]
-    calls += [(UNet(1, 8), torch.ones(shape), ONE) for shape in ((2, 3, 8, 8), (2, 1, 6, 8), (2, 1, 8, 6), (2, 8, 8))]
-    calls += [(UNet(1, 8), torch.ones(2, 1, 8, 8), ONE, ONE), (UNet, 1, 12), (UNet, 1, 0), (encode_png, [])]
-    calls += [(d.q_sample, X, ONE, X.double())]
-    calls += [(UNet(1, 8, 2), torch.ones(2, 1, 8, 8), ONE, y) for y in (ONE[:1], ONE.int())]
-    calls += [(encode_png, frames) for frames in ([X], [X.byte(), X.byte().T], [X.byte()[0]], [X.byte()[:, :, None]])]
-    for function, *arguments in calls:
-        with pytest.raises(ValueError, match=r"want|need|got|lie"):
-            function(*arguments)
+@pytest.mark.parametrize("squash, place", [(-50.0, 0), (0.0, 1), (50.0, 2)])
+def test_f_mu_is_the_posterior_mean_at_a_guess_and_f_Sigma_spans_the_entropies_of_Eq_24(squash, place):
+    x, guess = randn(4, 3, 2), torch.tensor([0.5, -2.0, squash, squash], dtype=torch.float64)
+    beta, bar = SHORT[1:, None, None], torch.cumprod(1 - SHORT, 0)[:, None, None]
+    process = roll.reverse_process(lambda x, t: guess.expand(4, 3, 4), GaussianDiffusion(SHORT))
+    mean, var = process(x, torch.arange(2, 6))
+    upper, lower = beta.log(), (beta * (1 - bar[:-1]) / (1 - bar[1:])).log()    # Eq. 24, less a constant
+    gain = bar[:-1].sqrt() * beta / (1 - bar[1:] + 1000 * SHORT[0])
+    equal(mean, (1 - beta).sqrt() * x + gain * guess[:2])
+    equal(var.log(), (lower + place * (upper - lower)).expand(4, 3, 2))
 
-def shaken(model):
-    """The model with all parameters random, zero-initialised layers, too."""
+def test_sampling_the_roll_runs_t_from_T_to_2_and_ends_with_the_edge_step():
+    d, draws = GaussianDiffusion(SHORT), seeded(4)
+    states = roll.sample(lambda x, t: (0.3 * x + t, 0.04 * t.double()[:, None, None]), d, 3, seeded(4))
+    for state, t in zip(states, (6, 5, 4, 3, 2, 1), strict=True):
+        z = torch.randn(3, 2, generator=draws).double()
+        x = z if t == 6 else 0.3 * x + t + 0.2 * t**0.5 * z if t > 1 else 0.93**0.5 * x + 0.07**0.5 * z
+        equal(state, x)
+
+@pytest.mark.parametrize("channels, size", [(1, (28, 28)), (3, (16, 20))])
+def test_unet_starts_at_zero_and_depends_on_t_y_all_pixels_but_not_on_the_batch(diffusion, channels, size):
+    model, x, t = UNet(channels, 16, 3), torch.randn(4, channels, *size), torch.tensor([1, 2, 500, 999])
+    assert model(x.double(), t).dtype == torch.float64 and not model(x, t).any()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1 if p.dim() > 1 else 0.5)
-    return model
-
-def test_unet_keeps_shapes_starts_at_zero_and_trains_every_parameter(device):
-    for channels, classes, size in ((1, 0, (28, 28)), (3, 4, (8, 12))):
-        model, x, t = UNet(channels, 16, classes), torch.randn(2, channels, *size), torch.tensor([1, 1000])
-        assert model(x.double(), t).dtype == torch.float64 and not model(x, t).any()
-        out = shaken(model)(x, t, torch.tensor([3, -1]) if classes else None)
-        assert out.shape == x.shape
-        out.square().sum().backward()
-        assert all(p.grad.abs().max() > 0 for p in model.parameters())
-
-def test_unet_depends_on_t_y_and_far_pixels_but_not_on_the_rest_of_the_batch(device):
-    model, x, t, y = shaken(UNet(1, 16, 3)), torch.randn(4, 1, 16, 16), torch.tensor([1, 2, 500, 999]), torch.arange(4) - 1
-    out, far = model(x, t, y), x.clone()
+    y, far = torch.arange(4) - 1, x.clone()
     far[:, :, 0, 0] += 1
+    out, free, moved = model(x, t, y), model(x, t), model(far, t, y)
     alone = torch.cat([model(x[i:i + 1], t[i:i + 1], y[i:i + 1]) for i in range(4)])
-    torch.testing.assert_close(alone, out, rtol=1e-3, atol=1e-3)        # float32
-    for other in (model(x, t + 1, y), model(x, t), model(far, t, y)[..., 8:, 8:] , ):
-        change = (other - out[..., -other.shape[2]:, -other.shape[3]:]).abs().amax((1, 2, 3))
-        assert (change[1:] > 1e-4).all()
-    torch.testing.assert_close(model(x, t)[0], out[0])                  # -1 is the null label
+    torch.testing.assert_close(torch.cat([alone, free[:1]]), torch.cat([out, out[:1]]), rtol=1e-3, atol=1e-3)
+    for change in (model(x, t + 1, y) - out, (free - out)[1:], (moved - out)[..., 8:, 8:]):
+        assert (change.abs().amax((1, 2, 3)) > 1e-4).all()
+    out.square().sum().backward()
+    assert out.shape == x.shape and all(p.grad.any() for p in model.parameters())
 
-def test_ema_follows_its_recursion_with_warm_up_and_copies_buffers(device):
-    model = torch.nn.BatchNorm1d(1).double()
-    ema, average = EMA(model, decay=0.3), 1.0
+def test_ema_follows_its_recursion_with_warm_up_and_copies_buffers(diffusion):
+    model, average = torch.nn.BatchNorm1d(1).double(), 1.0
+    ema = EMA(model, decay=0.3)
     for n in range(9):
-        model.weight.data.fill_(n)
-        model.running_mean.fill_(n)
+        model.weight.data[0] = model.running_mean[0] = n
         ema.update(model)
-        d = min(0.3, (1 + n) / (10 + n))
-        average = d * average + (1 - d) * n
+        average += (1 - min(0.3, (1 + n) / (10 + n))) * (n - average)
         equal(ema.model.weight, [average])
-        assert ema.model.running_mean == n and not ema.model.training and not ema.model.weight.requires_grad
-    assert EMA(model).decay == 0.9999
+    assert EMA(model).decay == 0.9999 and ema.model.running_mean == n
+    assert not ema.model.training and not ema.model.weight.requires_grad
 
-@pytest.mark.parametrize("shape", [(4, 6), (5, 3, 3)])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("shape, n", [((4, 6), 1), ((5, 3, 3), 1), ((4, 6), 3)])
 def test_png_and_animation_read_back_pixel_for_pixel(shape, n):
-    frames = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i in range(n)]
-    data, i, chunks = encode_png(frames, fps=7), 8, [b"\x89PNG\r\n\x1a\n"]
+    frames, size = np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8), (shape[1], shape[0])
+    data, i, chunks = encode_png(list(frames), fps=7), 8, []
     while i < len(data):
         end = i + 8 + int.from_bytes(data[i:i + 4], "big")
-        kind, body = data[i + 4:i + 8], data[i + 8:end]
+        kind, body, head = data[i + 4:i + 8], data[i + 8:end], 4 * (data[i + 4:i + 8] == b"fdAT")
         assert zlib.crc32(kind + body) == int.from_bytes(data[end:end + 4], "big")
-        head = 4 * (kind == b"fdAT")                                    # its sequence number
-        chunks.append(kind + (body[:head] + zlib.decompress(body[head:]) if kind[1:] in (b"DAT", b"dAT") else body))
-        i = end + 4
-    rows = [b"".join(b"\0" + row.tobytes() for row in frame) for frame in frames]
-    control = struct.pack(">IIIIHHBB", shape[1], shape[0], 0, 0, 1, 7, 0, 0)
-    expected = [data[:8], struct.pack(">4sIIBBBBB", b"IHDR", shape[1], shape[0], 8, 2 * (len(shape) == 3), 0, 0, 0)]
-    expected += [struct.pack(">4sII", b"acTL", n, 0), b"fcTL\0\0\0\0" + control] * (n > 1) + [b"IDAT" + rows[0]]
-    for k in range(1, n):
-        expected += [struct.pack(">4sI", b"fcTL", 2 * k - 1) + control, struct.pack(">4sI", b"fdAT", 2 * k) + rows[k]]
-    assert chunks == [*expected, b"IEND"]
+        pixels = zlib.decompress(body[head:]) if kind in (b"IDAT", b"fdAT") else body[head:]
+        chunks, i = [*chunks, kind + body[:head] + pixels], end + 4
+    expected = [b"IHDR" + struct.pack(">II5B", *size, 8, 2 * len(shape) - 4, 0, 0, 0)]
+    expected += [struct.pack(">4sII", b"acTL", n, 0)] * (n > 1)
+    for k, frame in enumerate(frames):
+        expected += [struct.pack(">4s5IHHBB", b"fcTL", max(0, 2 * k - 1), *size, 0, 0, 1, 7, 0, 0)] * (n > 1)
+        kind = struct.pack(">4sI", b"fdAT", 2 * k) if k else b"IDAT"
+        expected.append(kind + b"".join(b"\0" + row.tobytes() for row in frame))
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and chunks == [*expected, b"IEND"]
+
+@pytest.mark.parametrize("x, t, other", [(X, 0 * ONE, X), (X, (T + 1) * ONE, X), (X, ONE.int(), X),
+                                         (X, ONE[:1], X), (X.byte(), ONE, X.byte()), (X, ONE, X[:, :2])])
+def test_what_does_not_fit_raises_value_error(x, t, other):
+    d, image, byte, net = GaussianDiffusion(SHORT.repeat(10)), torch.ones(2, 1, 8, 8), X.byte(), UNet(1, 8, 2)
+    calls = [(f, x, t, other) for f in (d.q_sample, d.predict_x0, d.predict_eps)]
+    calls += [(f, lambda x, t: other, x, t) for f in (d.score, d.vlb)] + [(d.q_sample, X, ONE, X.double())]
+    calls += [(net, image, ONE, ONE[:1]), (net, image, ONE, ONE.int()), (UNet, 1, 12), (UNet, 1, 0)]
+    calls += [(GaussianDiffusion, betas) for betas in (X, X[0], 0 * X[0], X[0, :0])]
+    calls += [(d.sample, None, (1,), *bad) for bad in ((0,), (T + 1,), (1, -0.1), (1, 1.1))]
+    calls += [(net, torch.ones(2, *s), ONE) for s in ((3, 8, 8), (1, 6, 8), (1, 8, 6), (8, 8))]
+    calls += [(encode_png, frames) for frames in ([], [X], [byte, byte.T], [byte[0]], [byte[:, :, None]])]
+    for function, *arguments in [*calls, (d.q_posterior, other, x, t), (roll.unit, 0), (roll.unit, math.nan)]:
+        pytest.raises(ValueError, function, *arguments).match("want|need|got|lie")
+
+def write_data(path, **arrays):
+    x, y = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8), np.arange(64) % 10
+    np.savez(path, **{"x_train": x, "y_train": y, **arrays})
+    return ["--data", str(path), "--width", "8", "--batch-size", "8", "--device", "cpu"]
+
+@pytest.mark.parametrize("program, options, says, arrays", [
+    (mnist_ddpm, "--data missing.npz", "missing.npz", {}), (mnist_ddpm, "", "d.npz", {"x_train": [None]}),
+    (mnist_ddpm, "", "(64, 6, 8)", {"x_train": np.zeros((64, 6, 8), np.uint8)}), (roll, "--steps 0", "0", {}),
+    (mnist_ddpm, "", "float64", {"x_train": np.zeros((64, 8, 8))}), (mnist_ddpm, "--width 12", "12", {}),
+    (mnist_ddpm, "--conditional", "0..999", {"y_train": -np.arange(64)}), (mnist_ddpm, "--lr nan", "nan", {}),
+    (mnist_ddpm, "--batch-size 65", "64", {}), (mnist_ddpm, "--sample 2 --steps 1001", "1001", {}),
+    (mnist_ddpm, "--resume", "out/model.pt", {}), (mnist_ddpm, "--resume --out .", "./model.pt", {}),
+    (mnist_ddpm, "--out file/x", "file/x", {}), (roll, "--out file/x", "file/x", {}),
+    (roll, "--noise nan", "nan", {}), (roll, "--net cnn", "cnn", {}), (roll, "--seed -1", "-1", {})])
+def test_bad_input_gets_one_line_and_code_2(program, options, says, arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "model.pt").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")        # a pickle that makes a folder
+    data = write_data("d.npz", **arrays)
+    with pytest.raises(SystemExit, match="2"):
+        program.main(data * (program is mnist_ddpm) + options.split())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and says in error and len(os.listdir()) == 3
+
+def test_resume_after_sigint_and_sigkill_ends_in_the_very_same_state_and_pictures(tmp_path, monkeypatch):
+    def loss(self, model, x0, *rest, loss=GaussianDiffusion.loss):
+        equal(torch.stack(x0.aminmax()), [-1, 1], 0.1)                      # the images are in [-1, 1]
+        return loss(self, model, x0, *rest)
+    def knows_x0(self, x, t, y):
+        return cosine.predict_eps(x, t, (torch.arange(64) / 31.5 - 1).reshape(8, 8).expand_as(x))
+    cosine, model = GaussianDiffusion(cosine_schedule()).float(), tmp_path / "b" / "model.pt"
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    monkeypatch.setattr(torch, "load", functools.partial(torch.load, map_location="meta"))      # it names one
+    data = [*write_data(tmp_path / "d.npz"), "--conditional", "--epochs", "8", "--out"]
+    for number, code, resume in ((signal.SIGINT, 130, []), (signal.SIGKILL, -signal.SIGKILL, ["--resume"])):
+        process = subprocess.Popen([sys.executable, mnist_ddpm.__file__, *data, folders[1], *resume])
+        while process.poll() is None and not (model.exists() and model.stat().st_mtime):
+            time.sleep(0.01)                                                # it saves first when it starts
+        time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait() == code
+        os.utime(model, (0, 0))
+    assert 0 < torch.load(model, map_location="cpu")["step"] < 64
+    mnist_ddpm.main([*data, folders[1], "--resume"])
+    monkeypatch.setattr(GaussianDiffusion, "loss", loss)
+    mnist_ddpm.main([*data, folders[0]])
+    a, b = (torch.load(folder + "/model.pt", map_location="cpu") for folder in folders)
+    assert a["step"] == 64 and a.pop("config") == b.pop("config")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)                        # model, EMA, optimisers, ...
+    for name in ("samples.png", "denoising.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    monkeypatch.setattr(UNet, "forward", knows_x0)
+    mnist_ddpm.main(["--out", folders[0], "--sample", "3", "--label", "9", "--npz", str(tmp_path / "x.npz")])
+    equal(np.load(tmp_path / "x.npz")["x"][2], (np.arange(64) / 63 * 255).round().reshape(8, 8))
