@@ -6,7 +6,7 @@
     python mnist_ddpm.py --evaluate                    # the variational bound on the test images, bits/dim
     python mnist_ddpm.py --conditional --out labels    # then: --out labels --sample 64 --label 7 --guidance 2
 
-The mathematics is in ddpm_min.py; here are data, optimisers, loop and command line.
+2 epochs on two cores of a 2.5 GHz Xeon: 15 minutes, Frechet distance 91 where real images have 12 (README).
 """
 import argparse
 import io

@@ -1,9 +1,9 @@
 """A swiss roll learned by maximising the bound K of Sohl-Dickstein et al. 2015 (arXiv 1503.03585), Fig. 1.
 
-    python swiss_roll.py              # K = 2.35 bits a point where 2.70 is the most, 2 minutes
-    python swiss_roll.py --net rbf    # the paper's network: K = 0.89 bits, 2 minutes
+    python swiss_roll.py                           # K = 2.37 bits a point where 2.70 is the most, 2.5 minutes
+    python swiss_roll.py --net rbf --steps 9000    # the paper's network: K = 0.89 bits, 1.5 minutes
 
-Both on 2 cores of a 2.5 GHz Xeon; Table 1 has K = 2.35, for a roll whose noise it does not state. Draws
+Both on one core of a 2.5 GHz Xeon; Table 1 has K = 2.35, for a roll whose noise it does not state. Draws
 Fig. 1, out/swiss_roll.png, and noise that rolls itself up, out/swiss_roll_reverse.png. Symbols and equations
 are the paper's: q is the forward process, p the reverse one, t is in 1..T, x^0 the data. ddpm_min.py has q.
 """

@@ -1,7 +1,7 @@
 """Proofs of ddpm_min.py and swiss_roll.py, trials of mnist_ddpm.py:  pytest test_ddpm_min.py
 
 Oracles are independent of the code: numpy, Bayes' rule, quadrature, torch.distributions, a decoder. Closed
-forms: float64, 1e-10 unless a line says why not; Monte Carlo: 5 standard errors. On CUDA, too, if there is one.
+forms: float64, 1e-10 unless a line says why not; Monte Carlo: 5 standard errors. On CUDA, too, where one is.
 """
 import functools
 import math
