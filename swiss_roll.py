@@ -252,6 +252,7 @@ def main(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="to train on")
     add("--out", default="out", help="folder of the two pictures")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # on matrices this small threads only wait for each other
     for name, low, high in (("steps", 1, 10**9), ("noise", 0.001, 10), ("seed", 0, 2**63 - 1)):
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} must be from {low} to {high}, got {getattr(args, name)}")
