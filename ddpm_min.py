@@ -31,6 +31,13 @@ def cosine_schedule(T=1000, s=0.008):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
+def laplace_schedule(T=1000, mu=-1.5, b=1.0):
+    """beta_1..beta_T, float64 (T,): log SNR ~ Laplace(mu, b > 0) at uniform t, capped (Hang et al. 2024)."""
+    v = 2 * torch.arange(T + 1, dtype=torch.float64) / T - 1                            # -1 to 1
+    alpha_bar = torch.sigmoid(mu + b * v.sign() * torch.log1p(-v.abs()))                # sigmoid of log SNR
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
 def gaussian_kl(mean_q, var_q, mean_p, var_p):
     """KL(N(mean_q, var_q) || N(mean_p, var_p)) in nats, elementwise; the tensors broadcast, variances > 0."""
     return 0.5 * (torch.log(var_p / var_q) + (var_q + (mean_q - mean_p) ** 2) / var_p - 1)
@@ -39,9 +46,8 @@ def gaussian_kl(mean_q, var_q, mean_p, var_p):
 def discretised_log_likelihood(x0, mean, var):
     """log of the N(mean, var) mass in x0 +- 1/255, the edge bins to infinity (Eq. 13); nats, elementwise.
     x0: 8-bit data scaled to [-1, 1]; mean and var > 0 are tensors that broadcast with it."""
-    std = var.sqrt()
-    upper = torch.where(x0 > 0.999, math.inf, (x0 + 1 / 255 - mean) / std)
-    lower = torch.where(x0 < -0.999, -math.inf, (x0 - 1 / 255 - mean) / std)
+    upper = torch.where(x0 > 0.999, math.inf, (x0 + 1 / 255 - mean) / var.sqrt())
+    lower = torch.where(x0 < -0.999, -math.inf, (x0 - 1 / 255 - mean) / var.sqrt())
     # Phi(upper) - Phi(lower), mirrored into the left tail, where Phi keeps its relative precision
     right = lower + upper > 0
     upper, lower = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
@@ -96,12 +102,9 @@ class GaussianDiffusion(nn.Module):
 
     def _x0_and_eps(self, model, x_t, t, y, clip):
         """The model's estimates of x0 and eps; with clip x0 is brought into [-1, 1] and eps follows it."""
-        eps = self._eps(model, x_t, t, y)
-        x0 = self.predict_x0(x_t, t, eps)
-        if clip:
-            x0 = x0.clamp(-1, 1)
-            eps = self.predict_eps(x_t, t, x0)
-        return x0, eps
+        x0 = self.predict_x0(x_t, t, self._eps(model, x_t, t, y))
+        x0 = x0.clamp(-1, 1) if clip else x0
+        return x0, self.predict_eps(x_t, t, x0)
 
     def q_sample(self, x0, t, eps):
         """x_t ~ q(x_t | x0) of x0's shape, given eps ~ N(0, I) of that shape (Eq. 4)."""
@@ -161,8 +164,8 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, clip=False, batch_size=500, generator=None):
         """An unbiased estimate of the whole bound (Eq. 5) on x0 (N, ...), N, T >= 2: mean, standard error.
-        One t per example, drawn in proportion to (SNR_{t-1} - SNR_t) / (1 + SNR_t), SNR = alpha_bar / (1 -
-        alpha_bar) (at t = 1 as at 2), and divided out again: the first steps carry most of the bound."""
+        One t per example, drawn in proportion to (SNR_{t-1} - SNR_t) / (1 + SNR_t) (t = 1 as 2), and divided
+        out again; SNR = alpha_bar / (1 - alpha_bar): the first steps carry most of the bound."""
         weight = self.alpha_bar.roll(1) * self.beta / self.one_minus_alpha_bar.roll(1)  # (T+1,), for t >= 2
         prob = F.normalize(torch.cat([weight[2:3], weight[2:]]), p=1, dim=0)            # (T,)
         t = 1 + torch.multinomial(prob, len(x0), replacement=True, generator=generator)
@@ -180,9 +183,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"need 1 <= steps <= {self.T} and 0 <= eta <= 1, got steps={steps}, eta={eta}")
         times = torch.linspace(self.T, 0, steps + 1).round().int().tolist()             # T first, 0 last
         alpha_bar, rest = self.alpha_bar.tolist(), self.one_minus_alpha_bar.tolist()
-
         like = {"dtype": self.beta.dtype, "device": self.beta.device, "generator": generator}
-
         @torch.no_grad()
         def states():
             x = torch.randn(shape, **like)
@@ -201,8 +202,9 @@ def classifier_free(model, y, s):
     """The callable (x_t, t) -> eps(null) + s (eps(y) - eps(null)) of model(x_t, t, y); y int64 (B,), null -1.
     s = 0 ignores y, s = 1 is the conditional model (Ho & Salimans 2022, Eq. 6 with w = s - 1)."""
     def eps(x_t, t):
-        eps_null = model(x_t, t, torch.full_like(y, -1))
-        return eps_null + s * (model(x_t, t, y) - eps_null)
+        eps_y = model(x_t, t, y)
+        eps_null = eps_y if s == 1 else model(x_t, t, torch.full_like(y, -1))           # s = 1 needs no null
+        return eps_null + s * (eps_y - eps_null)
     return eps
 
 
@@ -304,10 +306,8 @@ def encode_png(frames, fps=20):
             or any(frame.dtype != torch.uint8 or frame.shape != shape for frame in frames):
         raise ValueError(f"want uint8 (H, W) or (H, W, 3), got {[(f.dtype, *f.shape) for f in frames[:2]]}")
     chunks, sequence = [b"\x89PNG\r\n\x1a\n"], itertools.count()
-
     def chunk(kind, data):
         chunks.append(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
-
     chunk(b"IHDR", struct.pack(">IIBBBBB", shape[1], shape[0], 8, 2 if len(shape) == 3 else 0, 0, 0, 0))
     if len(frames) > 1:
         chunk(b"acTL", struct.pack(">II", len(frames), 0))                              # 0: loop for ever

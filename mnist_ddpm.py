@@ -23,7 +23,7 @@ import ddpm_min as ddpm
 
 # Options that are numbers: default on a CPU, on a GPU; lowest and highest value, telling the type; help.
 NUMBERS = {"epochs": (1.75, 30.0, 1e-6, 1e6, "passes over the data, may be fractional"),
-           "batch_size": (32, 256, 1, 10**6, "images a step"),
+           "batch_size": (48, 256, 1, 10**6, "images a step"),
            "lr": (0.02, 0.02, 1e-9, 1e3, "peak learning rate of Muon, ten times that of AdamW"),
            "width": (48, 96, 8, 1024, "channels of the U-Net, a multiple of 8"),
            "seed": (0, 0, 0, 2**31, "of all randomness"),
@@ -32,7 +32,7 @@ NUMBERS = {"epochs": (1.75, 30.0, 1e-6, 1e6, "passes over the data, may be fract
            "eta": (1.0, 1.0, 0.0, 1.0, "with --sample: 1 is DDPM, 0 is DDIM"),
            "label": (None, None, 0, 999, "with --sample: the only class to draw"),
            "guidance": (1.0, 1.0, -100.0, 100.0, "with --sample: s of classifier-free guidance")}
-SCHEDULES = {"cosine": ddpm.cosine_schedule, "linear": ddpm.linear_schedule}
+SCHEDULES = {"laplace": ddpm.laplace_schedule, "cosine": ddpm.cosine_schedule, "linear": ddpm.linear_schedule}
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mnist.npz")
 LAYOUT = "an .npz of uint8 x_train, x_test (N, H, W) or (N, H, W, 3), int y_train, y_test (N,)"
 EPILOG = "Defaults take under 15 minutes on two CPU cores; on a GPU they train longer and aim at 2 minutes."
@@ -95,10 +95,10 @@ def muon_step(groups, lr):
     """Muon (Jordan 2024): orthogonal Nesterov momentum, so that a weight moves in all directions at rate lr.
     groups: pairs of k weights, of one shape as matrices (first dimension, others), and momentum (k, m, n)."""
     for weights, momentum in groups:
-        gradient = torch.stack([p.grad.flatten(1) for p in weights])
+        gradient = torch.stack([p.grad.movedim(1, -1).flatten(1) for p in weights])     # as it lies in memory
         momentum.lerp_(gradient, 0.05)
-        for p, update in zip(weights, orthogonalise(gradient.lerp(momentum, 0.95))):
-            p.mul_(1 - 0.01 * lr).sub_(update.reshape(p.shape), alpha=lr)
+        for p, new in zip([p.movedim(1, -1) for p in weights], orthogonalise(gradient.lerp(momentum, 0.95))):
+            p.mul_(1 - 0.01 * lr).sub_(new.view_as(p), alpha=lr)
 
 
 class Run:
@@ -117,7 +117,7 @@ class Run:
         self.network, self.ema_network = bf16(self.model.forward), bf16(self.ema.model.forward)
         inner, rest = {}, []  # Muon for weights inside, AdamW for vectors, embeddings, first and last layers
         for name, p in self.model.named_parameters():
-            edge = p.dim() < 2 or name.startswith(("emb", "label", "stem", "out", "gate"))
+            edge = p.dim() < 2 or "emb" in name or name.startswith(("label", "stem", "out.", "gate"))
             (rest if edge else inner.setdefault(p.flatten(1).shape, [])).append(p)
         self.muon = [(ps, torch.zeros(len(ps), *shape, device=device)) for shape, ps in inner.items()]
         self.adamw = torch.optim.AdamW(rest, config["lr"], fused=True)
@@ -198,8 +198,7 @@ def train(run, x_train, y_train, out):
         if y_train is not None:
             dropped = torch.rand(batch_size, device=device, generator=run.generator) < 0.1
             y = y_train[chosen].masked_fill(dropped, -1)  # one label in ten becomes the null label
-        # one step of Algorithm 1
-        loss = run.diffusion.loss(run.network, x0, y, run.generator)
+        loss = run.diffusion.loss(run.network, x0, y, run.generator)                    # Algorithm 1
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -241,7 +240,8 @@ def sample(run, args):
     columns = math.ceil(n / classes if classes and label is None else n**0.5)
     y = (torch.arange(n) // columns if label is None else torch.full((n,), label)).to(run.device)
     options = {key: vars(args)[key] for key in ("steps", "eta", "guidance") if vars(args)[key] is not None}
-    images = torch.cat([list(draw(run, part, run.generator, **options))[-1] for part in y.split(250)])
+    parts = y.split(max(250, 4 * run.config["batch_size"]))  # no more memory than training takes, or little
+    images = torch.cat([list(draw(run, part, run.generator, **options))[-1] for part in parts])
     write_file(os.path.join(args.out, "samples.png"), ddpm.encode_png([grid(images, columns)]))
     if npz:
         buffer = io.BytesIO()
@@ -266,7 +266,7 @@ def parse_arguments(argv):
         help_text = f"{text} (default: {cpu})" if cpu == gpu else f"{text} (default: {cpu}, on a GPU {gpu})"
         add("--" + key.replace("_", "-"), type=type(low), help=help_text, metavar="N")
     add("--npz", metavar="FILE", help="with --sample: write the images as uint8 x there (default: None)")
-    add("--schedule", choices=SCHEDULES, help="of beta (default: cosine)")
+    add("--schedule", choices=SCHEDULES, help="of beta (default: laplace)")
     add("--conditional", action="store_true", default=None, help="train with labels (default: without)")
     add("--data", metavar="FILE", help=f"{LAYOUT} (default: data/mnist.npz beside this program)")
     add("--out", default="out", help="folder for all that is written (default: out)")
@@ -295,7 +295,7 @@ def main(argv=None):
         torch.backends.cudnn.deterministic = True  # same seed, same samples
         path, gpu = os.path.join(args.out, "model.pt"), device.type != "cpu"
         defaults = {key: NUMBERS[key][gpu] for key in ("epochs", "batch_size", "lr", "width", "seed")}
-        defaults.update(schedule="cosine", conditional=False, data=DATA)
+        defaults.update(schedule="laplace", conditional=False, data=DATA)
         given = {key: getattr(args, key) for key in defaults if getattr(args, key) is not None}
         if args.sample is not None or args.evaluate:
             run = Run.load(path, device, given, {"data", "seed"})

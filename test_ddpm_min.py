@@ -14,18 +14,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: on tensors this small threa
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
-
-import mnist_ddpm
+from torch.distributions import Laplace, Normal, kl_divergence
+import mnist_ddpm as mnist
 import swiss_roll as roll
 from ddpm_min import (EMA, GaussianDiffusion, UNet, classifier_free, classifier_guided, cosine_schedule,
-                      discretised_log_likelihood, encode_png, gaussian_kl, linear_schedule)
+                      discretised_log_likelihood, encode_png, gaussian_kl, laplace_schedule, linear_schedule)
 
 T, BETAS, ONE, X = 50, np.linspace(0.002, 0.3, 50), torch.ones(2, dtype=torch.int64), torch.ones(2, 3)
 BAR = np.array([np.prod(1 - BETAS[:t]) for t in range(T + 1)])          # alpha_bar, index 0 the data
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 SHORT = torch.tensor([0.07, 0.2, 0.4, 0.55, 0.3], dtype=torch.float64)  # betas of a chain in two dimensions
-
 @pytest.fixture(params=["cpu", CUDA])
 def diffusion(request):
     with torch.device(request.param):
@@ -44,6 +42,10 @@ def test_schedules_have_their_closed_forms_and_buffers_start_at_the_data_and_kee
     equal(torch.cat([linear_schedule(5, 0.1, 0.5), linear_schedule()]), np.r_[0.1:0.5:5j, 1e-4:0.02:1000j])
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
     equal(torch.cumprod(1 - cosine_schedule(), 0), np.append(f[1:1000], 0.001 * f[999]) / f[0])  # capped
+    for arguments, mu, b in (((), -1.5, 1.0), ((1000, -2, 0.75), -2.0, 0.75)):
+        law = Laplace(*torch.tensor([mu, b]).double())                      # of log SNR
+        bar = law.icdf(torch.arange(999, 0, -1).double() / 1000).sigmoid()
+        equal(torch.cumprod(1 - laplace_schedule(*arguments), 0), torch.cat([bar, bar[-1:] / 1000]))    # too
     buffers = diffusion.beta, diffusion.alpha, diffusion.alpha_bar, diffusion.one_minus_alpha_bar
     equal(torch.stack(buffers), np.stack([[0, *BETAS], [1, *1 - BETAS], BAR, 1 - BAR]))
     d, exact = GaussianDiffusion(linear_schedule().float()), 1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -116,31 +118,31 @@ def test_bits_per_dim_is_unbiased_with_its_standard_error_and_draws_t_by_SNR(dif
     again = [diffusion.bits_per_dim(model, x0[i::100], None, True)[0] for i in range(100)]
     assert abs(np.std(again) / 10 / error - 1) < 5 / math.sqrt(2 * 100)     # of a standard deviation
 
-@pytest.mark.parametrize("eta, steps, clip", [(1, None, 0), (1, None, 1), (0, 7, 1), (0.5, 6, 0), (1, 1, 0)])
-def test_sample_is_algorithm_2_and_ddim_from_T_to_the_data(diffusion, eta, steps, clip, monkeypatch):
+@pytest.mark.parametrize("eta, S, cap", [(1, None, 9e9), (1, None, 1), (0, 7, 1), (0.5, 6, 1), (1, 1, 9e9)])
+def test_sample_is_algorithm_2_and_ddim_from_T_to_the_data(diffusion, eta, S, cap, monkeypatch):
     def model(x_t, t):
         assert not torch.is_grad_enabled() and t.shape == (5,) and t.dtype == torch.int64
         seen.append(t[0].item())
         return x_t / t[:, None] ** 0.5
-    seen, times, draws = [], [round(T * i / (steps or T)) for i in range(steps or T, -1, -1)], seeded(4)
+    seen, times, draws = [], [round(T * i / (S or T)) for i in range(S or T, -1, -1)], seeded(4)
     x, *noise = [torch.randn(5, 2, dtype=torch.float64, generator=draws) for _ in times[1:]]
     monkeypatch.setattr(torch, "randn", functools.partial(torch.randn, device="meta"))  # beta has one
-    options = {key: value for key, value in (("eta", eta), ("clip", bool(clip))) if value != 1}     # defaults
-    first, *states = diffusion.sample(model, (5, 2), steps, generator=seeded(4), **options)
+    options = {key: value for key, value in (("eta", eta), ("clip", cap == 1)) if value != 1}     # defaults
+    first, *states = diffusion.sample(model, (5, 2), S, generator=seeded(4), **options)
     assert seen == times[:-1] and len(states) == len(seen) and torch.is_grad_enabled() and (first == x).all()
     for state, t, s, z in zip(states, times, times[1:], [*noise, 0 * x]):   # no noise enters x_0
-        x0 = (x - math.sqrt(1 - BAR[t]) * x / t**0.5) / math.sqrt(BAR[t])
-        x0 = x0.clamp(-1, 1) if clip else x0
+        x0 = ((x - math.sqrt(1 - BAR[t]) * x / t**0.5) / math.sqrt(BAR[t])).clamp(-cap, cap)
         eps = (x - math.sqrt(BAR[t]) * x0) / math.sqrt(1 - BAR[t])
         sigma = eta * math.sqrt((1 - BAR[s]) / (1 - BAR[t]) * (1 - BAR[t] / BAR[s]))
         ddim = math.sqrt(BAR[s]) * x0 + math.sqrt(1 - BAR[s] - sigma**2) * eps
         algorithm_2 = (x - BETAS[t - 1] / math.sqrt(1 - BAR[t]) * eps) / math.sqrt(1 - BETAS[t - 1])
-        x = (algorithm_2 if eta == 1 and steps is None else ddim) + sigma * z
+        x = (algorithm_2 if eta == 1 and S is None else ddim) + sigma * z
         equal(state, x, 1e-8)                                               # rounding grows along the chain
 
 def test_classifier_free_mixes_and_classifier_guided_follows_the_gradient(diffusion):
-    (t, bar, *_), x, y, s = every_t(), randn(T, 3), torch.arange(T), 2.5
-    equal(classifier_free(lambda x, t, y: x * (y[:, None] + 3), y, s)(x, t), x * (2 + s * (y[:, None] + 1)))
+    (t, bar, *_), x, y = every_t(), randn(T, 3), torch.arange(T)
+    for s in (0, 1, 2.5):
+        equal(classifier_free(lambda x, t, y: x * (y[:, None] + 3), y, s)(x, t), (2 + s * y[:, None] + s) * x)
     with torch.no_grad():
         eps = classifier_guided(diffusion, lambda x, t: 3 * x, lambda x, t: -(x**2).sum(1) * t, s)(x, t)
     equal(eps, 3 * x + s * (1 - bar).sqrt() * 2 * x * t[:, None])
@@ -273,20 +275,18 @@ def write_data(path, **arrays):
     return ["--data", str(path), "--width", "8", "--batch-size", "8", "--device", "cpu"]
 
 @pytest.mark.parametrize("program, options, says, arrays", [
-    (mnist_ddpm, "--data missing.npz", "missing.npz", {}), (mnist_ddpm, "", "d.npz", {"x_train": [None]}),
-    (mnist_ddpm, "", "(64, 6, 8)", {"x_train": np.zeros((64, 6, 8), np.uint8)}), (roll, "--steps 0", "0", {}),
-    (mnist_ddpm, "", "float64", {"x_train": np.zeros((64, 8, 8))}), (mnist_ddpm, "--width 12", "12", {}),
-    (mnist_ddpm, "--conditional", "0..999", {"y_train": -np.arange(64)}), (mnist_ddpm, "--lr nan", "nan", {}),
-    (mnist_ddpm, "--batch-size 65", "64", {}), (mnist_ddpm, "--resume", "out/model.pt", {}),
-    (mnist_ddpm, "--resume --out .", "./model.pt", {}), (mnist_ddpm, "--out model.pt/x", "model.pt/x", {}),
-    (mnist_ddpm, "--sample 2 --steps 1001", "1001", {}), (roll, "--out model.pt/x", "model.pt/x", {}),
-    (roll, "--noise nan", "nan", {}), (roll, "--net cnn", "cnn", {}), (roll, "--seed -1", "-1", {})])
+    (mnist, "", "(64, 6, 8)", {"x_train": np.zeros((64, 6, 8), np.uint8)}), (roll, "--noise nan", "nan", {}),
+    (mnist, "--conditional", "0..999", {"y_train": -np.arange(64)}), (mnist, "--resume", "out/model.pt", {}),
+    (mnist, "", "float64", {"x_train": np.zeros((64, 8, 8))}), (mnist, "--resume --out .", "./model.pt", {}),
+    (mnist, "--data missing.npz", "missing.npz", {}), (mnist, "--sample 2 --steps 1001", "1001", {}),
+    (mnist, "--out model.pt/x", "model.pt/x", {}), (roll, "--out model.pt/x", "model.pt/x", {}),
+    (mnist, "", "d.npz", {"x_train": [None]}), (mnist, "--batch-size 65", "64", {}),
+    (mnist, "--width 12", "12", {}), (mnist, "--lr nan", "nan", {}), (roll, "--steps 0", "0", {})])
 def test_bad_input_gets_one_line_and_code_2(program, options, says, arrays, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")        # a pickle that makes a folder
-    data = write_data("d.npz", **arrays)
     with pytest.raises(SystemExit, match="2"):
-        program.main(data * (program is mnist_ddpm) + options.split())
+        program.main(write_data("d.npz", **arrays) * (program is mnist) + options.split())
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error and len(os.listdir()) == 2
 
@@ -299,7 +299,7 @@ def test_resume_after_sigint_and_sigkill_ends_in_the_very_same_state_and_picture
     monkeypatch.setattr(torch, "load", functools.partial(torch.load, map_location="meta"))      # it names one
     data = [*write_data("d.npz"), "--conditional", "--epochs", "8", "--out"]
     for number, code, resume in ((signal.SIGINT, 130, []), (signal.SIGKILL, -signal.SIGKILL, ["--resume"])):
-        process = subprocess.Popen([sys.executable, mnist_ddpm.__file__, *data, "b", *resume])
+        process = subprocess.Popen([sys.executable, mnist.__file__, *data, "b", *resume])
         while process.poll() is None and not (model.exists() and model.stat().st_mtime):
             time.sleep(0.01)                                                # it saves first when it starts
         time.sleep(0.1)
@@ -307,14 +307,14 @@ def test_resume_after_sigint_and_sigkill_ends_in_the_very_same_state_and_picture
         assert process.wait() == code
         os.utime(model, (0, 0))
     assert 0 < torch.load(model, map_location="cpu")["step"] < 64
-    mnist_ddpm.main([*data, "b", "--resume"])
+    mnist.main([*data, "b", "--resume"])
     monkeypatch.setattr(GaussianDiffusion, "loss", loss)
-    mnist_ddpm.main([*data, "a"])
+    mnist.main([*data, "a"])
     a, b = (torch.load(f"{folder}/model.pt", map_location="cpu") for folder in "ab")
     assert a["step"] == 64 and a.pop("config") == b.pop("config")
     torch.testing.assert_close(a, b, rtol=0, atol=0)                        # model, EMA, optimisers, ...
     a, b = ([file.read_bytes() for file in sorted((tmp_path / name).glob("*.png"))] for name in "ab")
     assert a == b and len(a) == 2                                           # samples, denoising
-    monkeypatch.setattr(UNet, "forward", lambda self, x, t, y: 1.4056 * x)  # at t = 500 eps of x0 = 0: grey
-    mnist_ddpm.main("--out a --sample 3 --label 9 --steps 2 --npz x.npz".split())
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, y: 1.1060 * x)  # at t = 500 eps of x0 = 0: grey
+    mnist.main("--out a --sample 3 --label 9 --steps 2 --npz x.npz".split())
     equal(np.load("x.npz")["x"], np.full((3, 8, 8), 127.5), 1 / 128)
