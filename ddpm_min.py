@@ -20,7 +20,7 @@ from torch import nn
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
-    """beta_1..beta_T, float64 (T,), evenly spaced (Sec. 4). For T < 1000 scale both by 1000 / T."""
+    """beta_1..beta_T, float64 (T,), evenly spaced (Sec. 4). For other T > 20 scale both by 1000 / T."""
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
 
@@ -76,7 +76,7 @@ class GaussianDiffusion(nn.Module):
 
     def _check(self, t, x, *others):
         """Raise ValueError unless x is floating (B, ...), t int64 (B,) in 1..T, and the others are like x."""
-        if not x.is_floating_point() or t.dtype != torch.int64 or t.shape != x.shape[:1]:
+        if not x.is_floating_point() or t.dtype != torch.int64 or t.dim() != 1 or t.shape != x.shape[:1]:
             raise ValueError("want x floating (B, ...) and t torch.int64 (B,), "
                              f"got {x.dtype} {tuple(x.shape)} and {t.dtype} {tuple(t.shape)}")
         if t.device.type == "cpu" and ((t < 1) | (t > self.T)).any():
@@ -177,7 +177,7 @@ class GaussianDiffusion(nn.Module):
     def sample(self, model, shape, steps=None, eta=1.0, clip=True, generator=None):
         """A generator of steps + 1 states of the given shape, x_T ~ N(0, I) first, x_0 last, under no_grad.
         steps=None, eta=1: Algorithm 2, sigma_t^2 = beta~_t; eta=0: DDIM (Song et al. 2021). steps=S: S of T
-        steps, evenly. clip: x0 estimates come into [-1, 1], where the data must be. Else ValueError."""
+        steps, evenly. clip: x0 estimates come into [-1, 1], like the data. Bad steps or eta: ValueError."""
         steps = self.T if steps is None else steps
         if not (1 <= steps <= self.T and 0 <= eta <= 1):
             raise ValueError(f"need 1 <= steps <= {self.T} and 0 <= eta <= 1, got steps={steps}, eta={eta}")

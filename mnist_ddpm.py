@@ -22,7 +22,7 @@ import torch
 import ddpm_min as ddpm
 
 # Options that are numbers: default on a CPU, on a GPU; lowest and highest value, telling the type; help.
-NUMBERS = {"epochs": (1.75, 30.0, 1e-6, 1e6, "passes over the data, may be fractional"),
+NUMBERS = {"epochs": (2.25, 30.0, 1e-6, 1e6, "passes over the data, may be fractional"),
            "batch_size": (48, 256, 1, 10**6, "images a step"),
            "lr": (0.02, 0.02, 1e-9, 1e3, "peak learning rate of Muon, ten times that of AdamW"),
            "width": (48, 96, 8, 1024, "channels of the U-Net, a multiple of 8"),
@@ -178,14 +178,12 @@ def train(run, x_train, y_train, out):
         print(f"epoch {run.step / run.epoch_steps:.2f}  step {run.step}/{run.total}  loss {average:.4f}  "
               f"{rate * batch_size:.0f} images/s  elapsed {elapsed:.0f} s  remaining "
               f"{(run.total - run.step) / rate:.0f} s", end=end, flush=True)
-    def draw_pictures(steps):  # always from the same noise; of a conditional model one row a class
+    def draw_pictures(steps):  # always from the same noise; 100 labels in order: of ten classes a row each
         y = torch.arange(100, device=device) * run.config["classes"] // 100
         noise = torch.Generator(device).manual_seed(run.config["seed"])
         film = [grid(x, 10) for x in draw(run, y, noise, steps)]
         write_file(os.path.join(out, "samples.png"), ddpm.encode_png(film[-1:]))
         write_file(os.path.join(out, "denoising.png"), ddpm.encode_png(film[::2] + film[-1:] * 10, fps=10))
-    if start == 0 and os.path.isfile(path):
-        os.replace(path, f"{path}.old")  # a new run in an old run's folder
     run.save(path)  # a folder that cannot be written to ends the program here
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(1))
     begin = told = saved = time.perf_counter()
@@ -202,7 +200,7 @@ def train(run, x_train, y_train, out):
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # warm-up of 100 steps, then half a cosine from the peak learning rate down to 0
+        # half a cosine from the peak learning rate down to 0, times a linear warm-up of 100 steps
         share = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.step / run.total)) / 2
         muon_step(run.muon, run.config["lr"] * share)
         run.adamw.param_groups[0]["lr"] = run.config["lr"] * share / 10
@@ -240,7 +238,7 @@ def sample(run, args):
     columns = math.ceil(n / classes if classes and label is None else n**0.5)
     y = (torch.arange(n) // columns if label is None else torch.full((n,), label)).to(run.device)
     options = {key: vars(args)[key] for key in ("steps", "eta", "guidance") if vars(args)[key] is not None}
-    parts = y.split(max(250, 4 * run.config["batch_size"]))  # no more memory than training takes, or little
+    parts = y.split(max(250, 4 * run.config["batch_size"]))  # enough to fill a device
     images = torch.cat([list(draw(run, part, run.generator, **options))[-1] for part in parts])
     write_file(os.path.join(args.out, "samples.png"), ddpm.encode_png([grid(images, columns)]))
     if npz:
@@ -309,6 +307,8 @@ def main(argv=None):
             fail(f"{config['data']}: {len(x)} images, less than a batch or not what {path} was trained on")
         if run:
             print(f"going on at step {run.step} of {run.total}; the last ends the learning rate's cosine")
+        elif os.path.isfile(path):  # a new run in an old run's folder
+            os.replace(path, f"{path}.old")
         train(run or Run({**config, **facts}, device), x, y, args.out)
     except OSError as error:
         fail(f"cannot write: {error}; what was saved before is whole")
