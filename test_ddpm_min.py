@@ -171,7 +171,7 @@ def test_the_schedule_has_the_odds_it_states_and_the_cap_by_beta_1_lies_above_th
     equal(odds[0] / s2, 0.001, 1e-9)
     assert len(odds) == roll.T == 40 and roll.schedule(0.02)[0] < 2**-2.73 / (2 * math.pi * math.e)
 
-@pytest.mark.parametrize("v", [[1.0, 1.0], [1.7, 0.3]])
+@pytest.mark.parametrize("v", [[1.0, 1.0], [1.7, 0.3, 1.0]])
 def test_K_is_minus_H_for_normal_data_and_less_by_edge_and_prior_KL_for_unequal_variances(v):
     def exact(x, t):                                                        # p(x^{t-1} | x^t) of N(0, diag v)
         gain = torch.tensor(c[t - 1] / c[t])[:, None]
@@ -180,10 +180,10 @@ def test_K_is_minus_H_for_normal_data_and_less_by_edge_and_prior_KL_for_unequal_
     c = bar * v + 1 - bar                                                   # Var x^t
     var, slope = v * b / c[1], math.sqrt(1 - b) * (v / c[1] - 1)            # q(x^0 | x^1)
     edge = (np.log(b / var) + (var + slope**2 * c[1]) / b - 1).sum() / 2
-    z, w = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(3))         # exact for squares
-    nodes, weight = torch.cartesian_prod(z, z, z, z), torch.cartesian_prod(w, w, w, w).prod(1) / w.sum() ** 4
-    x0, eps = nodes[:, :2] * torch.tensor(v).sqrt(), nodes[:, 2:].repeat(4, 1, 1)
-    K = weight @ roll.bound(x0, GaussianDiffusion(SHORT), exact, eps)
+    rule = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(3))     # exact for squares
+    nodes, weight = (torch.cartesian_prod(*[a] * 2 * len(v)) for a in rule)
+    x0, eps = nodes[:, :len(v)] * torch.tensor(v).sqrt(), nodes[:, len(v):].repeat(4, 1, 1)
+    K = weight.prod(1) / weight.prod(1).sum() @ roll.bound(x0, GaussianDiffusion(SHORT), exact, eps)
     equal(K, -np.log(2 * math.pi * math.e * v).sum() / 2 - edge - (c[-1] - 1 - np.log(c[-1])).sum() / 2)
 
 def test_f_mu_is_the_posterior_mean_at_a_guess_and_f_Sigma_spans_the_entropies_of_Eq_24():
