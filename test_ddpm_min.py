@@ -161,7 +161,7 @@ def test_log_density_is_of_the_roll_a_finer_sum_a_histogram_and_integrates_to_1_
     count = np.histogram2d(*roll.swiss_roll(200000, 1.0, seeded(2)).numpy().T, 16, [[-4, 4]] * 2)[0]
     expected = 200000 * p.reshape(16, 10, 16, 10).sum((1, 3)).numpy()
     assert (abs(count - expected) <= 5 * np.sqrt(expected) + 2).all()
-    equal([roll.ceiling(noise) / math.log(2) for noise in (0.02, 0.05)], [2.70, 1.37], 0.01)    # bits
+    equal(roll.ceiling(0.02), -np.log(abs(np.diff(z)) * 2e5 * (2 * math.pi * math.e * s2)**0.5).mean(), 1e-5)
 
 def test_the_schedule_has_the_odds_it_states_and_the_cap_by_beta_1_lies_above_the_ceiling():
     s2, odds = (0.02 / roll.unit(0.02)) ** 2, 1 / torch.cumprod(1 - roll.schedule(0.02), 0) - 1
