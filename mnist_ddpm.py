@@ -1,12 +1,11 @@
-"""Train a DDPM (Ho, Jain, Abbeel 2020, arXiv 2006.11239) on MNIST and draw digits with it.
+"""Train a DDPM (Ho, Jain, Abbeel 2020, arXiv 2006.11239) on MNIST, draw digits with it.
 
-    python mnist_ddpm.py                               # trains, then samples; watch out/samples.png
-    python mnist_ddpm.py --resume                      # goes on after Ctrl-C, a crash or a full disk
-    python mnist_ddpm.py --sample 100 --steps 100      # draws from out/model.pt
-    python mnist_ddpm.py --evaluate                    # the variational bound on the test images, bits/dim
-    python mnist_ddpm.py --conditional --out labels    # then: --out labels --sample 64 --label 7 --guidance 2
-
-Defaults on two cores of a 2.5 GHz Xeon: 8 minutes, Frechet distance 51 to 61, real images 12 (README).
+    python mnist_ddpm.py                            # trains, then draws out/samples.png
+    python mnist_ddpm.py --resume                   # goes on after Ctrl-C or a crash
+    python mnist_ddpm.py --sample 100 --steps 100   # draws with out/model.pt
+    python mnist_ddpm.py --evaluate                 # the variational bound, bits/dim
+    python mnist_ddpm.py --conditional --out labels # with labels; then sevens:
+    python mnist_ddpm.py --out labels --sample 64 --label 7 --guidance 2
 """
 import argparse
 import io
@@ -15,27 +14,21 @@ import os
 import signal
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_min as ddpm
 
-# Options that are numbers: default on a CPU, on a GPU; lowest and highest value, telling the type; help.
-NUMBERS = {"epochs": (1.75, 30.0, 1e-6, 1e6, "passes over the data, may be fractional"),
-           "batch_size": (48, 256, 1, 10**6, "images a step"),
-           "lr": (0.02, 0.02, 1e-9, 1e3, "peak learning rate of Muon, ten times that of AdamW"),
-           "width": (48, 96, 8, 1024, "channels of the U-Net, a multiple of 8"),
-           "seed": (0, 0, 0, 2**31, "of all randomness"),
-           "sample": (None, None, 1, 10**5, "do not train, draw this many images with the model in --out"),
-           "steps": (50, 50, 1, 1000, "with --sample: denoising steps an image"),
-           "eta": (1.0, 1.0, 0.0, 1.0, "with --sample: 1 is DDPM, 0 is DDIM"),
-           "label": (None, None, 0, 999, "with --sample: the only class to draw"),
-           "guidance": (1.0, 1.0, -100.0, 100.0, "with --sample: s of classifier-free guidance")}
-SCHEDULES = {"laplace": ddpm.laplace_schedule, "cosine": ddpm.cosine_schedule, "linear": ddpm.linear_schedule}
-DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mnist.npz")
-LAYOUT = "an .npz of uint8 x_train, x_test (N, H, W) or (N, H, W, 3), int y_train, y_test (N,)"
-EPILOG = "Defaults take under 15 minutes on two CPU cores; on a GPU they train longer and aim at 2 minutes."
+SCHEDULES = ["laplace", "cosine", "linear"]
+DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
+            "schedule": "laplace", "conditional": False, "data": None}
+CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
+MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
+LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4"
 
 
 def fail(message):
@@ -45,273 +38,339 @@ def fail(message):
 
 
 def write_file(path, data):
-    """Replace a file by the bytes `data` in one step; after an OSError (full disk) the old one is whole."""
-    temporary = f"{path}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    """Replace a file by the bytes `data` at once; after an OSError the old one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(f"{path} is not a regular file")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
-        if os.path.isfile(temporary):
-            os.remove(temporary)
+        temporary.unlink(missing_ok=True)
 
 
-def load_data(config, split, device):
-    """Images uint8 (N, C, H, W), labels int64 (N,) or None, of the split "train" or "test"; or fails."""
-    path, labelled = config["data"], config["conditional"]
+def load_images(config, split):
+    """x_train or x_test, uint8 (N, C, H, W); where config is conditional labels, int64
+    (N,), as places in the list that comes third: config's, or all that occur."""
+    path = config["data"] or str(MNIST)
+    keys = [f"x_{split}", f"y_{split}"] if config["conditional"] else [f"x_{split}"]
     try:
         with np.load(path, allow_pickle=False) as file:
-            x, y = file[f"x_{split}"], file[f"y_{split}"] if labelled else None
-    except Exception as error:  # numpy and zipfile know a dozen errors for broken or foreign files
-        fail(f"no file for --data in {path} ({type(error).__name__}: {error}): want {LAYOUT}")
-    fits = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,)) and 0 not in x.shape
-    if not fits or x.shape[1] % 4 or x.shape[2] % 4:
-        fail(f"x_{split} in {path} is {x.dtype} {x.shape}: want {LAYOUT}, both sides divisible by 4")
-    if labelled and (y.dtype.kind not in "iu" or y.size != len(x) or y.min() < 0 or y.max() > 999):
-        fail(f"y_{split} in {path} is {y.dtype} {y.shape}: want {len(x)} integers in 0..999")
-    x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
-    return x.to(device), torch.from_numpy(y.reshape(-1).astype(np.int64)).to(device) if labelled else None
-
-
-def orthogonalise(matrices):
-    """For U S V^T (k, m, n) about U V^T, times sqrt(m / n) if m > n (Jordan 2024)."""
-    k, m, n = matrices.shape
-    if m > n:
-        return orthogonalise(matrices.mT).mT * (m / n) ** 0.5
-    matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-12)
-    gram, eye = matrices @ matrices.mT, torch.eye(m, device=matrices.device)
-    product = eye
-    for _ in range(5):  # S -> 3.4445 S - 4.775 S^3 + 2.0315 S^5, on the small Gram matrices
-        factor = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
-        product, gram = factor @ product, factor @ factor @ gram
-    return product @ matrices
-
-
-@torch.no_grad()
-def muon_step(groups, lr):
-    """Muon (Jordan 2024): orthogonal Nesterov momentum, so that a weight moves in all directions at rate lr.
-    groups: pairs of k weights, of one shape as matrices (first dimension, others), and momentum (k, m, n)."""
-    for weights, momentum in groups:
-        gradient = torch.stack([p.grad.movedim(1, -1).flatten(1) for p in weights])     # as it lies in memory
-        momentum.lerp_(gradient, 0.05)
-        for p, new in zip([p.movedim(1, -1) for p in weights], orthogonalise(gradient.lerp(momentum, 0.95))):
-            p.mul_(1 - 0.01 * lr).sub_(new.view_as(p), alpha=lr)
+            x, *y = [file[key] for key in keys]
+    except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
+        fail(f"{path}: want an .npz of numbers {' and '.join(keys)} ({type(error).__name__})")
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size \
+            or x.shape[1] % 4 or x.shape[2] % 4:
+        fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    if not y:
+        return x, None, []
+    y = y[0].reshape(-1)
+    if y.dtype.kind not in "iu" or len(y) != len(x) or y.min() < 0 or y.max() > 999:
+        fail(f"{keys[1]} in {path}: want {len(x)} whole numbers in 0..999")
+    labels = config.get("labels") or np.unique(y).tolist()
+    if not np.isin(y, labels).all():
+        fail(f"{keys[1]} in {path}: the model knows only the labels {labels}")
+    return x, torch.from_numpy(np.searchsorted(labels, y)), labels
 
 
 class Run:
-    """A training run: all that changes as it trains; config has its settings and the data's facts."""
+    """A training run: its settings, and all that changes as it trains."""
     def __init__(self, config, device):
-        torch.manual_seed(config["seed"])                                           # the initial weights
-        self.generator = torch.Generator(device).manual_seed(config["seed"])        # everything after them
-        self.config, self.device, self.step, self.order = config, device, 0, None
-        self.epoch_steps = config["images"] // config["batch_size"]
-        self.total = max(1, round(config["epochs"] * self.epoch_steps))
-        self.diffusion = ddpm.GaussianDiffusion(SCHEDULES[config["schedule"]]()).float().to(device)
-        self.model = ddpm.UNet(config["shape"][0], config["width"], config["classes"])
+        self.config, self.device, self.step = config, device, 0
+        torch.manual_seed(config["seed"])               # of the initial weights
+        self.generator = torch.Generator(device).manual_seed(config["seed"])
+        betas = getattr(ddpm, config["schedule"] + "_schedule")()
+        self.diffusion = ddpm.GaussianDiffusion(betas).float().to(device)
+        classes = len(config["labels"])
+        self.model = ddpm.UNet(config["shape"][0], config["width"], classes)
         self.model.to(device, memory_format=torch.channels_last)
-        self.ema = ddpm.EMA(self.model, 0.999)
-        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        self.network, self.ema_network = bf16(self.model.forward), bf16(self.ema.model.forward)
-        inner, rest = {}, []  # Muon for weights inside, AdamW for vectors, embeddings, first and last layers
-        for name, p in self.model.named_parameters():
-            edge = p.dim() < 2 or "emb" in name or name.startswith(("label", "stem", "out.", "gate"))
-            (rest if edge else inner.setdefault(p.flatten(1).shape, [])).append(p)
-        self.muon = [(ps, torch.zeros(len(ps), *shape, device=device)) for shape, ps in inner.items()]
-        self.adamw = torch.optim.AdamW(rest, config["lr"], fused=True)
-        self.parts = {"model": self.model, "ema": self.ema.model, "adamw": self.adamw}
-
-    def save(self, path):
-        """Write the checkpoint, as write_file does."""
-        buffer = io.BytesIO()
-        torch.save({"config": self.config, "step": self.step, "order": self.order,
-                    "generator": self.generator.get_state(), "muon": [momentum for _, momentum in self.muon],
-                    **{name: part.state_dict() for name, part in self.parts.items()}}, buffer)
-        write_file(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path, device, given, free):
-        """The run in a checkpoint, none of its code run; settings in `given`, not in `free`, must agree."""
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-            for key in given.keys() - free:
-                if given[key] != state["config"][key]:
-                    fail(f"{path} has {key} {state['config'][key]}, not {given[key]}: leave out that option")
-            run = cls({**state["config"], **given}, device)
-            for name, part in run.parts.items():
-                part.load_state_dict(state[name])
-            for (_, momentum), saved in zip(run.muon, state["muon"], strict=True):
-                momentum.copy_(saved)
-            run.order, run.step, run.ema.n = state["order"], state["step"], state["step"]
-            if len(state["generator"]) == len(run.generator.get_state()):  # else of another kind of device
-                run.generator.set_state(state["generator"].cpu())
-            return run
-        except Exception as error:  # torch knows a dozen errors for missing, truncated or foreign files
-            fail(f"no checkpoint of this program in {path} ({type(error).__name__}): train, or see --out")
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
+        self.parts = {"model": self.model, "average": self.average,
+                      "optimiser": self.optimiser}
+        # Where a GPU has bfloat16 the networks compute in it; the weights stay float32.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=native)
+        self.network = bfloat16(self.model.forward)
+        self.average_network = bfloat16(self.average.module.forward)
 
 
-def draw(run, y, generator, steps=50, eta=1.0, guidance=1.0):
-    """Yield the sampler's states, x_T first, uint8 (n, H, W) or (n, H, W, 3) on the CPU; y: labels (n,)."""
-    eps = ddpm.classifier_free(run.ema_network, y, guidance) if run.config["classes"] else run.ema_network
-    for x in run.diffusion.sample(eps, (len(y), *run.config["shape"]), steps, eta, generator=generator):
-        image = ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()                    # [-1, 1] -> 0..255
-        yield image[:, 0] if image.shape[1] == 1 else image.permute(0, 2, 3, 1)
+def save_run(path, run, loss):
+    """Write all that it takes to go on bit for bit; fail if something is not finite."""
+    values = [loss, *run.model.parameters()]
+    if not all(value.isfinite().all() for value in values):
+        fail(f"not finite at step {run.step}: go on from {path} by --resume, lower --lr")
+    state = {name: part.state_dict() for name, part in run.parts.items()}
+    state.update(config=run.config, step=run.step, generator=run.generator.get_state())
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_run(path, device):
+    """The Run that save_run wrote, on any device, none of its code run; or fail."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config, generator, _ = state["config"], state["generator"], state["average"]
+    except Exception as error:  # torch knows a dozen for missing, broken, foreign files
+        fail(f"no checkpoint in {path} ({type(error).__name__}): train first, or see --out")
+    run = Run(config, device)
+    for name, part in run.parts.items():
+        part.load_state_dict(state[name])
+    run.step = state["step"]
+    if len(generator) == len(run.generator.get_state()):    # not of another device
+        run.generator.set_state(generator)
+    return run
+
+
+def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
+    """Yield x_T..x_0 as images, uint8 (n, H, W) or (n, H, W, 3), on the CPU; classes:
+    int64 (n,), as load_images makes them (without labels only n matters)."""
+    network = run.average_network
+    if run.config["labels"] and guidance == 1:
+        network = partial(network, y=classes)
+    elif run.config["labels"]:
+        network = ddpm.classifier_free(network, classes, guidance)
+    shape = (len(classes), *run.config["shape"])
+    for x in run.diffusion.sample(network, shape, steps, eta, generator=generator):
+        images = ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+        yield images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
 
 
 def grid(images, columns):
-    """Images (n, H, W) or (n, H, W, 3) side by side in rows of `columns`, the last filled up with black."""
-    missing = images.new_zeros(-len(images) % columns, *images.shape[1:])
-    return torch.cat([torch.cat(list(row), 1) for row in torch.cat([images, missing]).split(columns)])
+    """Images (n, H, W) or (n, H, W, 3) in rows of `columns`; black fills the last."""
+    black = images.new_zeros(-len(images) % columns, *images.shape[1:])
+    rows = torch.cat([images, black]).split(columns)
+    return torch.cat([torch.cat(list(row), 1) for row in rows])
+
+
+def draw_pictures(run, out, steps):
+    """Write samples.png, denoising.png: 100 images from one noise, classes in order."""
+    classes = torch.arange(100, device=run.device) * len(run.config["labels"]) // 100
+    noise = torch.Generator(run.device).manual_seed(run.config["seed"])
+    film = [grid(images, 10) for images in draw(run, classes, noise, steps)]
+    write_file(out / "samples.png", ddpm.encode_png(film[-1:]))
+    write_file(out / "denoising.png", ddpm.encode_png(film[::2] + film[-1:] * 10, 10))
+
+
+def learning_rate(step, total, peak):
+    """Half a cosine from peak down to 0, times a linear warm-up of 100 steps."""
+    return peak * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def train_step(run, x_train, y_train):
+    """A step of Algorithm 1 on what load_images returns; the loss, without a gradient."""
+    config, device, generator = run.config, run.device, run.generator
+    B = (config["batch_size"],)
+    i = torch.randint(len(x_train), B, device=device, generator=generator)
+    x0 = x_train[i].float() / 127.5 - 1
+    y = None
+    if y_train is not None:
+        # One label in ten becomes the null label, as classifier_free wants it.
+        null = torch.rand(B, device=device, generator=generator) < 0.1
+        y = y_train[i].masked_fill(null, -1)
+    loss = run.diffusion.loss(run.network, x0, y, generator)
+
+    run.optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for group in run.optimiser.param_groups:
+        group["lr"] = learning_rate(run.step, config["total"], config["lr"])
+    run.optimiser.step()
+    run.average.update_parameters(run.model)
+    run.step += 1
+    return loss.detach()
+
+
+def report(run, loss, seconds, steps):
+    """Print where the run stands, after `steps` steps in `seconds` of this program."""
+    total, rate, batch_size = run.config["total"], steps / seconds, run.config["batch_size"]
+    line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  step {run.step}/{total}"
+            f"  loss {loss:.4f}  {rate * batch_size:.0f} images/s  {seconds:.0f} s, "
+            f"{(total - run.step) / rate:.0f} s left")
+    end = "\r" if sys.stdout.isatty() and run.step < total else "\n"
+    print(f"{line:<79}", end=end, flush=True)
 
 
 def train(run, x_train, y_train, out):
-    """Algorithm 1 up to the last step or Ctrl-C; leaves model.pt and the pictures in the folder out."""
-    model, batch_size, device, start = run.model, run.config["batch_size"], run.device, run.step
-    path, average, interrupted = os.path.join(out, "model.pt"), torch.zeros((), device=device), []
-    def report(end="\n"):
-        if not all(value.isfinite().all() for value in (average, *model.parameters())):
-            fail(f"loss or weights not finite at step {run.step}: lower --lr ({path} is the last good state)")
-        elapsed = time.perf_counter() - begin
-        rate = (run.step - start) / elapsed
-        print(f"epoch {run.step / run.epoch_steps:.2f}  step {run.step}/{run.total}  loss {average:.4f}  "
-              f"{rate * batch_size:.0f} images/s  elapsed {elapsed:.0f} s  remaining "
-              f"{(run.total - run.step) / rate:.0f} s", end=end, flush=True)
-    def draw_pictures(steps):  # always from the same noise; 100 labels in order: of ten classes a row each
-        y = torch.arange(100, device=device) * run.config["classes"] // 100
-        noise = torch.Generator(device).manual_seed(run.config["seed"])
-        film = [grid(x, 10) for x in draw(run, y, noise, steps)]
-        write_file(os.path.join(out, "samples.png"), ddpm.encode_png(film[-1:]))
-        write_file(os.path.join(out, "denoising.png"), ddpm.encode_png(film[::2] + film[-1:] * 10, fps=10))
-    run.save(path)  # a folder that cannot be written to ends the program here
-    handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(1))
-    begin = told = saved = time.perf_counter()
-    while run.step < run.total and not interrupted:
-        i = run.step % run.epoch_steps * batch_size
-        if i == 0:  # an epoch begins: a new random order
-            run.order = torch.randperm(len(x_train), device=device, generator=run.generator)
-        chosen, y = run.order[i:i + batch_size], None
-        x0 = x_train[chosen].float() / 127.5 - 1
-        if y_train is not None:
-            dropped = torch.rand(batch_size, device=device, generator=run.generator) < 0.1
-            y = y_train[chosen].masked_fill(dropped, -1)  # one label in ten becomes the null label
-        loss = run.diffusion.loss(run.network, x0, y, run.generator)                    # Algorithm 1
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # half a cosine from the peak learning rate down to 0, times a linear warm-up of 100 steps
-        share = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.step / run.total)) / 2
-        muon_step(run.muon, run.config["lr"] * share)
-        run.adamw.param_groups[0]["lr"] = run.config["lr"] * share / 10
-        run.adamw.step()
-        run.ema.update(model)
-        run.step += 1
-        average.lerp_(loss.detach(), max(0.01, 1 / (run.step - start)))
-        # progress, checkpoint, pictures: the only places that wait for the device
-        if time.perf_counter() - told > 5:
-            report("   \r" if sys.stdout.isatty() else "\n")
-            told = time.perf_counter()
-        if time.perf_counter() - saved > (120 if device.type == "cpu" else 20):
+    """Train to the last step or a signal; leaves model.pt and pictures in the folder."""
+    path, total, start = out / "model.pt", run.config["total"], run.step
+    loss = torch.zeros((), device=run.device)           # a running mean
+    save_run(path, run, loss)           # a folder that takes no files ends the run here
+    stop = {}                           # signals by number: they wait until all is saved
+    signal.signal(signal.SIGINT, stop.setdefault)
+    signal.signal(signal.SIGTERM, stop.setdefault)
+    begin = saved = drawn = time.perf_counter()
+    while run.step < total and not stop:
+        latest = train_step(run, x_train, y_train)
+        loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
+        now = time.perf_counter()
+        if now - saved > 10 or run.step == total:
+            saved = now
             try:
-                report()
-                run.save(path)
-                draw_pictures(20)
+                save_run(path, run, loss)
+                if now - drawn > 120:
+                    drawn = now
+                    draw_pictures(run, out, 20)
             except OSError as error:
-                print(f"mnist_ddpm: cannot write: {error}; training goes on", file=sys.stderr)
-            saved = time.perf_counter()
-    signal.signal(signal.SIGINT, handler)
-    if run.step > start:
-        report()
-        run.save(path)
-    if run.step < run.total:
-        print(f"interrupted at step {run.step}, saved in {path}; --resume goes on there", file=sys.stderr)
-        sys.exit(130)
-    draw_pictures(50)
+                print(f"mnist_ddpm: {error}; training goes on", file=sys.stderr)
+            # After the checkpoint, as standard output can be a closed pipe, a full disk.
+            report(run, loss, now - begin, run.step - start)
+    save_run(path, run, loss)
+    if run.step == total:
+        draw_pictures(run, out, 50)
+        print(f"wrote {path}, samples.png, denoising.png")
+        return
+    print(f"mnist_ddpm: stopped at step {run.step} of {total}, saved in {path}; --resume "
+          "goes on there", file=sys.stderr)
+    sys.exit(128 + min(stop))
 
 
 def sample(run, args):
-    """Draw args.sample images; write the grid, one row a class if all are drawn, and the .npz."""
-    n, npz, classes, label = args.sample, args.npz, run.config["classes"], args.label
-    if not classes and (label, args.guidance) != (None, None) or label is not None and label >= classes:
-        fail(f"--label and --guidance want a --conditional model, --label one of its classes, {classes} here")
-    columns = math.ceil(n / classes if classes and label is None else n**0.5)
-    y = (torch.arange(n) // columns if label is None else torch.full((n,), label)).to(run.device)
-    options = {key: vars(args)[key] for key in ("steps", "eta", "guidance") if vars(args)[key] is not None}
-    parts = y.split(max(250, 4 * run.config["batch_size"]))  # enough to fill a device
-    images = torch.cat([list(draw(run, part, run.generator, **options))[-1] for part in parts])
-    write_file(os.path.join(args.out, "samples.png"), ddpm.encode_png([grid(images, columns)]))
-    if npz:
+    """Draw args.sample images into samples.png and, if asked, an .npz."""
+    n, labels = args.sample, run.config["labels"]
+    classes = torch.arange(n) * len(labels) // n        # counts differ by at most one
+    columns = math.ceil(n / len(labels) if labels else n**0.5)
+    if args.label is not None:
+        classes, columns = torch.full((n,), labels.index(args.label)), math.ceil(n**0.5)
+    images = []
+    # So many at once stay in a CPU's cache, or fill a GPU.
+    for part in classes.to(run.device).split(100 if run.device.type == "cpu" else 1000):
+        for x in draw(run, part, run.generator, args.steps, args.eta, args.guidance):
+            pass
+        images.append(x)
+    images = torch.cat(images)
+    write_file(args.out / "samples.png", ddpm.encode_png([grid(images, columns)]))
+    print(f"wrote {args.out / 'samples.png'}")
+    if args.npz:
+        y = {"y": np.array(labels)[classes]} if labels else {}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, x=images.numpy())
-        write_file(npz, buffer.getvalue())
+        np.savez_compressed(buffer, x=images.numpy(), **y)
+        write_file(args.npz, buffer.getvalue())
+        print(f"wrote {args.npz}")
 
 
 def evaluate(run):
-    """Print the variational bound on x_test of the run's data."""
-    config, (x, y) = run.config, load_data(run.config, "test", run.device)
-    if len(x) < 2 or list(x.shape[1:]) != config["shape"] or y is not None and y.max() >= config["classes"]:
-        fail(f"x_test in {config['data']} has too few images, or other sizes or labels than x_train")
-    bits, error = run.diffusion.bits_per_dim(run.ema.model, x / 127.5 - 1, y, True, generator=run.generator)
+    """Print the variational bound on x_test."""
+    x, y, _ = load_images(run.config, "test")
+    if len(x) < 2 or list(x.shape[1:]) != run.config["shape"]:
+        fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
+    x0 = x.to(run.device) / 127.5 - 1
+    y = y if y is None else y.to(run.device)
+    model, generator = run.average.module, run.generator
+    bits, error = run.diffusion.bits_per_dim(model, x0, y, True, generator=generator)
     print(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
+def number(kind, low, high, text):
+    """The int or float in an option's text; an argparse error unless in low..high."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} in {low}..{high}")
+    return value
+
+
 def parse_arguments(argv):
-    """The command line as a namespace; an option that was not given is None."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EPILOG)
-    parser.error, add = fail, parser.add_argument
-    for key, (cpu, gpu, low, _, text) in NUMBERS.items():
-        help_text = f"{text} (default: {cpu})" if cpu == gpu else f"{text} (default: {cpu}, on a GPU {gpu})"
-        add("--" + key.replace("_", "-"), type=type(low), help=help_text, metavar="N")
-    add("--npz", metavar="FILE", help="with --sample: write the images as uint8 x there (default: None)")
-    add("--schedule", choices=SCHEDULES, help="of beta (default: laplace)")
-    add("--conditional", action="store_true", default=None, help="train with labels (default: without)")
-    add("--data", metavar="FILE", help=f"{LAYOUT} (default: data/mnist.npz beside this program)")
-    add("--out", default="out", help="folder for all that is written (default: out)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the best")
-    add("--resume", action="store_true", help="go on with the run in --out (default: start anew)")
-    add("--evaluate", action="store_true", help="do not train, print bits/dim on x_test")
+    """The command line as a namespace; a setting of the run is there only if given."""
+    count, positive = partial(number, int, 1, 10**6), partial(number, float, 1e-9, 1e6)
+    parser = argparse.ArgumentParser(description="Train a diffusion model, draw with it.")
+    parser.error = fail
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--epochs", type=positive, help="default: 240,000 images' worth, CUDA 1,800,000")
+    add("--batch-size", type=count, help="images a step (default: 32, on CUDA 256)")
+    add("--lr", type=positive, help="highest learning rate of AdamW (default: 0.0025)")
+    add("--width", type=count, help="of the U-Net, by eights (default: 32, on CUDA 96)")
+    add("--seed", type=partial(number, int, 0, 2**31), help="default: 0")
+    add("--schedule", choices=SCHEDULES, help="default: laplace; photographs want cosine")
+    add("--conditional", action="store_true", help="train with labels (default: without)")
+    add("--data", type=os.path.abspath, help=f".npz with x_train, {LAYOUT}; y_train for "
+        "--conditional, x_test for --evaluate (default: MNIST)")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--evaluate", action="store_true", help="print the bound on x_test, in bits/dim")
+    add("--sample", type=count, help="draw so many images with the model in --out")
+    add = parser.add_argument_group("with --sample").add_argument
+    add("--steps", type=partial(number, int, 1, 1000), default=50, help="default: 50")
+    add("--eta", type=partial(number, float, 0, 1), default=1.0, help="1: DDPM, 0: DDIM")
+    add("--label", type=partial(number, int, 0, 999), help="draw this only (default: all)")
+    add("--guidance", type=partial(number, float, -100, 100), default=1.0,
+        help="s of classifier-free guidance (default: 1)")
+    add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
     args = parser.parse_args(argv)
-    for key, (_, _, low, high, text) in NUMBERS.items():
-        value = getattr(args, key)
-        if value is not None and not (low <= value <= high and (key != "width" or value % 8 == 0)):
-            fail(f"--{key.replace('_', '-')} {value} is not in {low}..{high} ({text})")
-    drawing, extras = args.sample is not None, {args.steps, args.eta, args.label, args.guidance, args.npz}
-    if drawing + args.resume + args.evaluate > 1 or extras != {None} and not drawing:
-        fail("one of --resume, --sample, --evaluate; with --sample: --steps --eta --label --guidance --npz")
+    if getattr(args, "width", 8) % 8:
+        fail(f"--width {args.width}: want a multiple of 8")
     return args
+
+
+def check_options(args, path, config):
+    """Fail if an option does not fit the model in path."""
+    for key in ("batch_size", "width", "schedule", "conditional"):
+        if getattr(args, key, config[key]) != config[key]:
+            fail(f"{path} was trained with {key} {config[key]}: leave out that option")
+    if args.label not in (None, *config["labels"]):
+        fail(f"--label {args.label}: the labels in {path} are {config['labels']}")
+    if args.guidance != 1 and not config["labels"]:
+        fail(f"--guidance: {path} was not trained with --conditional")
+    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()):
+        fail(f"--npz {args.npz}: want a new file, in a folder that exists")
+
+
+def run_program(args):
+    """Sample, evaluate or train, as the command line says."""
+    path = args.out / "model.pt"
+    best = "mps" if torch.backends.mps.is_available() and not args.evaluate else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    device = torch.device(best if args.device in ("auto", best) else "cpu")
+    if args.device not in ("auto", device.type):
+        print(f"mnist_ddpm: no {args.device} here for it, so the CPU", file=sys.stderr)
+    loads = args.resume or args.evaluate or args.sample
+    if loads:
+        run = load_run(path, device)
+        config, settings = run.config, ("data", "lr")
+        check_options(args, path, config)
+    elif path.exists() and not args.overwrite:
+        fail(f"{path} exists: --resume goes on, --overwrite replaces, or another --out")
+    else:
+        config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
+        settings = tuple(config)
+    config.update({key: getattr(args, key) for key in settings if key in args})
+    if args.sample or args.evaluate:
+        run.generator.manual_seed(getattr(args, "seed", 0))
+        return evaluate(run) if args.evaluate else sample(run, args)
+
+    x, y, labels = load_images(config, "train")
+    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": labels}
+    if loads and facts != {key: config[key] for key in facts}:
+        fail(f"--data is not what {path} was trained on")
+    if config["batch_size"] > len(x):
+        fail(f"--batch-size {config['batch_size']} is more than the {len(x)} images")
+    config.update(facts)
+    if "epochs" in args:
+        config["images"] = args.epochs * len(x)
+    config["total"] = max(1, round(config["images"] / config["batch_size"]))
+    run = run if loads else Run(config, device)
+    if run.step > config["total"]:
+        fail(f"--epochs {args.epochs} end before step {run.step}, where {path} is")
+    train(run, x.to(device), y if y is None else y.to(device), args.out)
 
 
 def main(argv=None):
     """The command line; see the module's docstring."""
     try:
-        args = parse_arguments(argv)
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        device = torch.device(best if args.device in ("auto", best) else "cpu")
-        if args.device not in ("auto", device.type):
-            print(f"mnist_ddpm: no {args.device} device here, going on with the CPU", file=sys.stderr)
-        torch.backends.cudnn.deterministic = True  # same seed, same samples
-        path, gpu = os.path.join(args.out, "model.pt"), device.type != "cpu"
-        defaults = {key: NUMBERS[key][gpu] for key in ("epochs", "batch_size", "lr", "width", "seed")}
-        defaults.update(schedule="laplace", conditional=False, data=DATA)
-        given = {key: getattr(args, key) for key in defaults if getattr(args, key) is not None}
-        if args.sample is not None or args.evaluate:
-            run = Run.load(path, device, given, {"data", "seed"})
-            run.generator.manual_seed(args.seed or 0)
-            return evaluate(run) if args.evaluate else sample(run, args)
-        run = Run.load(path, device, given, {"data", "epochs"}) if args.resume else None
-        config = run.config if run else {**defaults, **given}
-        x, y = load_data(config, "train", device)
-        facts = {"images": len(x), "shape": [*x.shape[1:]], "classes": 0 if y is None else int(y.max()) + 1}
-        if config["batch_size"] > len(x) or run and facts != {key: config[key] for key in facts}:
-            fail(f"{config['data']}: {len(x)} images, less than a batch or not what {path} was trained on")
-        if run:
-            print(f"going on at step {run.step} of {run.total}; the last ends the learning rate's cosine")
-        elif os.path.isfile(path):  # a new run in an old run's folder
-            os.replace(path, f"{path}.old")
-        train(run or Run({**config, **facts}, device), x, y, args.out)
+        run_program(parse_arguments(argv))
     except OSError as error:
-        fail(f"cannot write: {error}; what was saved before is whole")
+        fail(f"cannot write: {error}")
+    except torch.OutOfMemoryError:
+        fail("the GPU's memory is full: lower --batch-size or --width")
     except KeyboardInterrupt:
         sys.exit(130)
 
