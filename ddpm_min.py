@@ -1,6 +1,6 @@
 """Denoising diffusion probabilistic models (Ho, Jain, Abbeel 2020, arXiv 2006.11239).
 
-Tensors in, tensors out: no files, no printing. Equation numbers are that paper's unless
+Tensors in, tensors out (and, at the end, a PNG encoder): no files. Equation numbers are that paper's unless
 another is named. Index rule: t runs from 1 to T and index 0 is the data, so beta_0 = 0
 and alpha_bar_0 = 1.
 
@@ -36,11 +36,11 @@ def cosine_schedule(T=1000, s=0.008):
 
 
 def laplace_schedule(T=1000, mu=-1.5, b=1.0):
-    """beta_1..beta_T, float64 (T,), by a Laplace law of log alpha_bar / (1 - alpha_bar)
+    """beta_1..beta_T, float64 (T,): log(alpha_bar / (1 - alpha_bar)) ~ Laplace(mu, b)
     (Hang et al. 2024: mu = 0, b = 0.5; this project's defaults suit small digits)."""
     u = torch.arange(T + 1, dtype=torch.float64) / T
-    log_snr = torch.distributions.Laplace(mu + 0 * u, b).icdf(1 - u)
-    return _betas(torch.sigmoid(log_snr))
+    law = torch.distributions.Laplace(torch.tensor(mu, dtype=u.dtype), b)
+    return _betas(torch.sigmoid(law.icdf(1 - u)))
 
 
 def _betas(alpha_bar):
@@ -63,7 +63,7 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("beta", beta)
         self.register_buffer("alpha", 1 - beta)
         self.register_buffer("alpha_bar", log_alpha_bar.exp())
-        # Kept, as a float32 alpha_bar_1 leaves 1 - alpha_bar_1 three digits.
+        # Kept: of a float32 alpha_bar_1, 1 - alpha_bar_1 has three correct digits.
         self.register_buffer("one_minus_alpha_bar", -torch.expm1(log_alpha_bar))
         self.to(betas.dtype)
 
@@ -135,9 +135,9 @@ class GaussianDiffusion(nn.Module):
 
     def loss(self, model, x0, y=None, generator=None):
         """L_simple by Algorithm 1, a scalar: Eq. 14 divided by x0's dimensions.
-        For classifier_free a tenth of y (B,) must be -1, the null label."""
-        B, device = x0.shape[:1], x0.device
-        t = torch.randint(1, self.T + 1, B, generator=generator, device=device)
+        For classifier_free some of y (B,), say a tenth, must be -1, the null label."""
+        shape, device = x0.shape[:1], x0.device
+        t = torch.randint(1, self.T + 1, shape, generator=generator, device=device)
         self._check(x0, t)
         eps = torch.empty_like(x0).normal_(generator=generator)
         x_t = self.q_sample(x0, t, eps)
@@ -152,7 +152,7 @@ class GaussianDiffusion(nn.Module):
         mean_q, variance = self.q_posterior(x0, x_t, t.clamp(min=2))
         kl = gaussian_kl(mean_q, variance, mean_p, variance)
         nll = -discretised_log_likelihood(x0, mean_p, variance)
-        nats = torch.where((t == 1).reshape(variance.shape), nll, kl)
+        nats = torch.where((t == 1).reshape(variance.shape), nll, kl)   # kl is for t > 1
         return nats.reshape(len(x0), -1).sum(1)
 
     def prior_kl(self, x0):
@@ -163,9 +163,9 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, clip=False, batch_size=500, generator=None):
-        """Eq. 5 on x0 (N, ...), N, T >= 2: an unbiased estimate, its standard error. Each
-        term, at one random t, is divided by t's probability, which follows the usual
-        (SNR_{t-1} - SNR_t) / (1 + SNR_t), where SNR = alpha_bar / (1 - alpha_bar)."""
+        """Eq. 5 in bits/dim, on x0 (N, ...), N >= 2: an unbiased estimate, its standard
+        error. Each term, at a random t, is divided by t's probability: that of the term's
+        size for N(0, I) data, (SNR_{t-1} - SNR_t) / (1 + SNR_t), SNR = alpha_bar / rest."""
         size = self.alpha_bar[1:-1] * self.beta[2:] / self.one_minus_alpha_bar[1:-1]
         size = torch.cat([size[:1], size])              # t = 1 as often as t = 2
         prob = size / size.sum()                        # (T,), of t = 1..T
@@ -181,18 +181,18 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, t_prev=None, eta=1.0, clip=True, generator=None):
         """One reverse step, x_t (B, ...) to x_{t_prev}; ints t_prev < t, default t - 1.
-        clip: the model's x0 comes into [-1, 1] (the authors' code). clip=False, eta=1 is
-        Algorithm 2 with sigma_t^2 = beta~_t (Sec. 3.2), eta=0 is DDIM, without noise
-        (Song et al. 2021, Eqs. 12, 16, whose alpha is our alpha_bar)."""
+        clip: the model's x0 comes into [-1, 1] (the authors' code). At t - 1, clip=False,
+        eta=1 is Algorithm 2 with sigma_t^2 = beta~_t (Sec. 3.2). eta=0 is DDIM, without
+        noise (Song et al. 2021, Eqs. 12, 16, whose alpha is our alpha_bar)."""
         t_prev = t - 1 if t_prev is None else t_prev
         if not (0 <= t_prev < t <= self.T and 0 <= eta <= 1):
             raise ValueError(f"want 0 <= {t_prev} < {t} <= {self.T}, {eta} in 0..1")
         t_batch = torch.full(x_t.shape[:1], t, device=x_t.device)
         x0 = self._model_x0(model, x_t, t_batch, None, clip)
-        eps = self.predict_eps(x_t, t_batch, x0)        # follows x0 if that was clipped
+        eps = self.predict_eps(x_t, t_batch, x0)        # of the clipped x0
         alpha_bar_prev = self.alpha_bar[t_prev]
         rest_prev = self.one_minus_alpha_bar[t_prev]
-        beta = 1 - self.alpha_bar[t] / alpha_bar_prev
+        beta = 1 - self.alpha_bar[t] / alpha_bar_prev   # of the whole step
         variance = eta**2 * beta * rest_prev / self.one_minus_alpha_bar[t]      # Eq. 16
         eps_share = (rest_prev - variance).clamp(min=0).sqrt()
         # At t_prev = 0 the variance is 0: no noise enters x_0.
@@ -200,9 +200,10 @@ class GaussianDiffusion(nn.Module):
         return alpha_bar_prev.sqrt() * x0 + eps_share * eps + variance.sqrt() * z
 
     def sample(self, model, shape, steps=None, eta=1.0, clip=True, generator=None):
-        """Yield x_T ~ N(0, I), ..., x_0, (B, ...), yours to change. Data outside [-1, 1] want
-        clip=False. steps=None: all T steps. steps=S: S of them, at t = T (i/S)^1.5, denser
-        near the data, for fine texture (Song et al. 2021, App. D.2: squared)."""
+        """Yield x_T ~ N(0, I), ..., x_0, (B, ...), yours to change; for data outside [-1, 1]
+        with clip=False; for labels with model = partial(model, y=y) or classifier_free.
+        steps=None: all T. steps=S: S of them, at t = T (i/S)^1.5, denser near the data, for
+        fine texture (Song et al. 2021, App. D.2: squared)."""
         steps = self.T if steps is None else steps
         if steps not in range(1, self.T + 1):
             raise ValueError(f"want whole steps in 1..{self.T}, got {steps}")
@@ -218,7 +219,7 @@ class GaussianDiffusion(nn.Module):
 
 def gaussian_kl(mean_q, var_q, mean_p, var_p):
     """KL(N(mean_q, var_q) || N(mean_p, var_p)), nats, elementwise; variances > 0.
-    For equal variances it is the first term of Eq. 8."""
+    Under E_q, and up to a constant, it is Eq. 8."""
     return 0.5 * (torch.log(var_p / var_q) + (var_q + (mean_q - mean_p) ** 2) / var_p - 1)
 
 
@@ -235,8 +236,8 @@ def discretised_log_likelihood(x0, mean, var):
 
 
 def classifier_free(model, y, s):
-    """The callable (x_t, t) -> eps(null) + s (eps(y) - eps(null)) of model(x_t, t, y); in
-    training a tenth of y must be -1, null (Ho & Salimans 2022, Eq. 6, where w = s - 1)."""
+    """The callable (x_t, t) -> eps(null) + s (eps(y) - eps(null)) of model(x_t, t, y), if
+    it was trained with some y = -1, null (Ho & Salimans 2022, Eq. 6, where w = s - 1)."""
     return partial(_guided_eps, model, y, s)
 
 
@@ -247,7 +248,7 @@ def _guided_eps(model, y, s, x_t, t):
 
 
 class ResBlock(nn.Module):
-    """Residual block (B, c_in, H, W) -> (B, c_out, H, W), shifted by emb (B, c_emb)."""
+    """(B, c_in, H, W) -> (B, c_out, H, W), scaled and shifted by emb (B, c_emb)."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, c_in)
@@ -267,9 +268,9 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps for images x (B, channels, H, W), sides divisible by 4: the U-Net of App. B with
-    space-to-depth for its finest level, `width` channels (a multiple of 8) at H/2, twice
-    as many at H/4. Labels y, int64 (B,) below classes; -1 or no y: the null label."""
+    """eps for images x (B, channels, H, W), sides divisible by 4: a U-Net after App. B,
+    small: `width` channels (a multiple of 8) at H/2, by space-to-depth, twice as many at
+    H/4. Labels y, int64 (B,), are below classes; -1 or no y: the null label."""
     def __init__(self, channels=1, width=48, classes=0):
         super().__init__()
         self.classes = classes
@@ -281,7 +282,7 @@ class UNet(nn.Module):
         self.down1 = ResBlock(w, w, c_emb)
         self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
         self.down2 = ResBlock(2 * w, 2 * w, c_emb)
-        self.norm = nn.GroupNorm(8, 2 * w)
+        self.attention_norm = nn.GroupNorm(8, 2 * w)
         self.attention = nn.MultiheadAttention(2 * w, w // 8, batch_first=True)
         self.middle = ResBlock(2 * w, 2 * w, c_emb)
         self.up2 = ResBlock(4 * w, 2 * w, c_emb)
@@ -298,8 +299,8 @@ class UNet(nn.Module):
         if x.dim() != 4 or x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(f"want x (B, C, H, W), sides divisible by 4: {x.shape}")
         y = torch.full_like(t, -1) if y is None else y
-        if y.shape != t.shape or y.is_cpu and y.max() >= self.classes:
-            raise ValueError(f"want y {t.shape}, all below {self.classes}, got {y}")
+        if y.shape != t.shape or y.is_cpu and (y.min() < -1 or y.max() >= self.classes):
+            raise ValueError(f"want y {t.shape} in -1..{self.classes - 1}, got {y}")
         # Sines and cosines of t (Vaswani et al. 2017, Sec. 3.5)
         i = torch.arange(32, device=t.device)
         angle = t[:, None] / 10000 ** (i / 32)
@@ -309,7 +310,7 @@ class UNet(nn.Module):
         h0 = self.stem(F.pixel_unshuffle(x.to(emb.dtype), 2))     # (B, w, H/2, W/2)
         h1 = self.down1(h0, emb)
         h2 = self.down2(self.down(h1), emb)                       # (B, 2w, H/4, W/4)
-        tokens = self.norm(h2).flatten(2).transpose(1, 2)         # (B, HW/16, 2w)
+        tokens = self.attention_norm(h2).flatten(2).transpose(1, 2)         # (B, HW/16, 2w)
         tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
         h = h2 + tokens.transpose(1, 2).reshape(h2.shape)
         h = self.middle(h, emb)
@@ -322,15 +323,15 @@ class UNet(nn.Module):
 
 
 def encode_png(frames, fps=20):
-    """PNG bytes of a list of uint8 frames (H, W) or (H, W, 3), on the CPU; several are an
-    endless animation, fps an int (W3C PNG, 2025). Other frames raise ValueError."""
+    """PNG bytes of a list of uint8 frames (H, W) or (H, W, 3), on the CPU, else ValueError;
+    several are an endless animation, fps an int (W3C PNG, 2025)."""
     frames = np.stack(frames)
     if frames.dtype != np.uint8 or frames.shape[3:] not in ((), (3,)):
         raise ValueError(f"want uint8 (H, W) or (H, W, 3), got {frames.dtype}")
     count, height, width = frames.shape[:3]
-    colour = 2 if frames.ndim == 4 else 0
     size = struct.pack(">II", width, height)
-    png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", size + bytes([8, colour, 0, 0, 0]))
+    kind = bytes([8, 2 if frames.ndim == 4 else 0, 0, 0, 0])        # 8 bits; RGB or grey
+    png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", size + kind)
     png += _chunk(b"acTL", struct.pack(">II", count, 0))
     for i, frame in enumerate(frames):
         # fcTL and fdAT chunks share one count: 0, then 1 and 2, then 3 and 4, ...

@@ -4,8 +4,7 @@
     python mnist_ddpm.py --resume                   # goes on after Ctrl-C or a crash
     python mnist_ddpm.py --sample 100 --steps 100   # draws with out/model.pt
     python mnist_ddpm.py --evaluate                 # the variational bound, bits/dim
-    python mnist_ddpm.py --conditional --out labels # with labels; then sevens:
-    python mnist_ddpm.py --out labels --sample 64 --label 7 --guidance 2
+    python mnist_ddpm.py --conditional --out labels # with labels
 """
 import argparse
 import io
@@ -23,10 +22,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_min as ddpm
 
-SCHEDULES = ["laplace", "cosine", "linear"]
-DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
+DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 4e-3, "width": 32, "seed": 0,
             "schedule": "laplace", "conditional": False, "data": None}
-CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
+CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "lr": 2.5e-3,
+                 "width": 96}
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
 LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4"
 
@@ -49,8 +48,8 @@ def write_file(path, data):
 
 
 def load_images(config, split):
-    """x_train or x_test, uint8 (N, C, H, W); where config is conditional labels, int64
-    (N,), as places in the list that comes third: config's, or all that occur."""
+    """Images, uint8 (N, C, H, W); indices of labels, int64 (N,), or None; the list of
+    labels that they index: config's, or all that occur. split: "train" or "test"."""
     path = config["data"] or str(MNIST)
     keys = [f"x_{split}", f"y_{split}"] if config["conditional"] else [f"x_{split}"]
     try:
@@ -82,8 +81,8 @@ class Run:
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).float().to(device)
-        classes = len(config["labels"])
-        self.model = ddpm.UNet(config["shape"][0], config["width"], classes)
+        channels, classes = config["shape"][0], len(config["labels"])
+        self.model = ddpm.UNet(channels, config["width"], classes)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
         self.optimiser = torch.optim.AdamW(
@@ -91,16 +90,16 @@ class Run:
         self.parts = {"model": self.model, "average": self.average,
                       "optimiser": self.optimiser}
         # Where a GPU has bfloat16 the networks compute in it; the weights stay float32.
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False)
         bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=native)
         self.network = bfloat16(self.model.forward)
         self.average_network = bfloat16(self.average.module.forward)
 
 
 def save_run(path, run, loss):
-    """Write all that it takes to go on bit for bit; fail if something is not finite."""
-    values = [loss, *run.model.parameters()]
-    if not all(value.isfinite().all() for value in values):
+    """Write all that it takes to go on; fail if the loss or a weight is not finite."""
+    if not all(value.isfinite().all() for value in (loss, *run.model.parameters())):
         fail(f"not finite at step {run.step}: go on from {path} by --resume, lower --lr")
     state = {name: part.state_dict() for name, part in run.parts.items()}
     state.update(config=run.config, step=run.step, generator=run.generator.get_state())
@@ -163,16 +162,15 @@ def learning_rate(step, total, peak):
 def train_step(run, x_train, y_train):
     """A step of Algorithm 1 on what load_images returns; the loss, without a gradient."""
     config, device, generator = run.config, run.device, run.generator
-    B = (config["batch_size"],)
-    i = torch.randint(len(x_train), B, device=device, generator=generator)
+    size = (config["batch_size"],)
+    i = torch.randint(len(x_train), size, device=device, generator=generator)
     x0 = x_train[i].float() / 127.5 - 1
     y = None
     if y_train is not None:
         # One label in ten becomes the null label, as classifier_free wants it.
-        null = torch.rand(B, device=device, generator=generator) < 0.1
+        null = torch.rand(size, device=device, generator=generator) < 0.1
         y = y_train[i].masked_fill(null, -1)
     loss = run.diffusion.loss(run.network, x0, y, generator)
-
     run.optimiser.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -194,14 +192,19 @@ def report(run, loss, seconds, steps):
     print(f"{line:<79}", end=end, flush=True)
 
 
+def remember_signal(stop, number, frame):
+    """A signal handler that appends the signal's number to the list `stop`."""
+    stop.append(number)
+
+
 def train(run, x_train, y_train, out):
     """Train to the last step or a signal; leaves model.pt and pictures in the folder."""
     path, total, start = out / "model.pt", run.config["total"], run.step
     loss = torch.zeros((), device=run.device)           # a running mean
     save_run(path, run, loss)           # a folder that takes no files ends the run here
-    stop = {}                           # signals by number: they wait until all is saved
-    signal.signal(signal.SIGINT, stop.setdefault)
-    signal.signal(signal.SIGTERM, stop.setdefault)
+    stop = []                           # signals: they wait until all is saved
+    signal.signal(signal.SIGINT, partial(remember_signal, stop))
+    signal.signal(signal.SIGTERM, partial(remember_signal, stop))
     begin = saved = drawn = time.perf_counter()
     while run.step < total and not stop:
         latest = train_step(run, x_train, y_train)
@@ -225,7 +228,7 @@ def train(run, x_train, y_train, out):
         return
     print(f"mnist_ddpm: stopped at step {run.step} of {total}, saved in {path}; --resume "
           "goes on there", file=sys.stderr)
-    sys.exit(128 + min(stop))
+    sys.exit(128 + stop[0])
 
 
 def sample(run, args):
@@ -259,8 +262,9 @@ def evaluate(run):
         fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
     x0 = x.to(run.device) / 127.5 - 1
     y = y if y is None else y.to(run.device)
-    model, generator = run.average.module, run.generator
-    bits, error = run.diffusion.bits_per_dim(model, x0, y, True, generator=generator)
+    model = run.average.module          # in float32, on a GPU too
+    bits, error = run.diffusion.bits_per_dim(
+        model, x0, y, clip=True, generator=run.generator)
     print(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
@@ -283,10 +287,11 @@ def parse_arguments(argv):
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--epochs", type=positive, help="default: 240,000 images' worth, CUDA 1,800,000")
     add("--batch-size", type=count, help="images a step (default: 32, on CUDA 256)")
-    add("--lr", type=positive, help="highest learning rate of AdamW (default: 0.0025)")
+    add("--lr", type=positive, help="AdamW's highest (default: 0.004, on CUDA 0.0025)")
     add("--width", type=count, help="of the U-Net, by eights (default: 32, on CUDA 96)")
     add("--seed", type=partial(number, int, 0, 2**31), help="default: 0")
-    add("--schedule", choices=SCHEDULES, help="default: laplace; photographs want cosine")
+    add("--schedule", choices=["laplace", "cosine", "linear"],
+        help="of beta (default: laplace; cosine pays for photographs, with fine texture)")
     add("--conditional", action="store_true", help="train with labels (default: without)")
     add("--data", type=os.path.abspath, help=f".npz with x_train, {LAYOUT}; y_train for "
         "--conditional, x_test for --evaluate (default: MNIST)")
@@ -308,12 +313,15 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if getattr(args, "width", 8) % 8:
         fail(f"--width {args.width}: want a multiple of 8")
+    drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)
+    if not args.sample and drawing != (50, 1.0, None, 1.0, None):
+        fail("--steps, --eta, --label, --guidance and --npz go with --sample")
     return args
 
 
 def check_options(args, path, config):
     """Fail if an option does not fit the model in path."""
-    for key in ("batch_size", "width", "schedule", "conditional"):
+    for key in ["batch_size", "width", "schedule", "conditional"] + ["seed"] * args.resume:
         if getattr(args, key, config[key]) != config[key]:
             fail(f"{path} was trained with {key} {config[key]}: leave out that option")
     if args.label not in (None, *config["labels"]):
@@ -326,22 +334,22 @@ def check_options(args, path, config):
 
 def run_program(args):
     """Sample, evaluate or train, as the command line says."""
-    path = args.out / "model.pt"
+    path, loads = args.out / "model.pt", args.resume or args.evaluate or args.sample
+    # MPS lacks log_ndtr, which --evaluate needs.
     best = "mps" if torch.backends.mps.is_available() and not args.evaluate else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
     device = torch.device(best if args.device in ("auto", best) else "cpu")
     if args.device not in ("auto", device.type):
         print(f"mnist_ddpm: no {args.device} here for it, so the CPU", file=sys.stderr)
-    loads = args.resume or args.evaluate or args.sample
     if loads:
         run = load_run(path, device)
-        config, settings = run.config, ("data", "lr")
+        config, settings = run.config, ["data", "lr"]
         check_options(args, path, config)
     elif path.exists() and not args.overwrite:
         fail(f"{path} exists: --resume goes on, --overwrite replaces, or another --out")
     else:
         config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
-        settings = tuple(config)
+        settings = list(config)
     config.update({key: getattr(args, key) for key in settings if key in args})
     if args.sample or args.evaluate:
         run.generator.manual_seed(getattr(args, "seed", 0))
@@ -353,10 +361,8 @@ def run_program(args):
         fail(f"--data is not what {path} was trained on")
     if config["batch_size"] > len(x):
         fail(f"--batch-size {config['batch_size']} is more than the {len(x)} images")
-    config.update(facts)
-    if "epochs" in args:
-        config["images"] = args.epochs * len(x)
-    config["total"] = max(1, round(config["images"] / config["batch_size"]))
+    images = args.epochs * len(x) if "epochs" in args else config["images"]
+    config.update(facts, images=images, total=math.ceil(images / config["batch_size"]))
     run = run if loads else Run(config, device)
     if run.step > config["total"]:
         fail(f"--epochs {args.epochs} end before step {run.step}, where {path} is")
