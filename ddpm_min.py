@@ -157,8 +157,8 @@ class GaussianDiffusion(nn.Module):
 
     def prior_kl(self, x0):
         """L_T = KL(q(x_T | x0) || N(0, I)), nats (B,) (Eq. 5)."""
-        mean = self.alpha_bar[-1].sqrt() * x0
-        kl = gaussian_kl(mean, self.one_minus_alpha_bar[-1], 0, 1)
+        signal, rest = self.alpha_bar[-1].sqrt(), self.one_minus_alpha_bar[-1]
+        kl = gaussian_kl(signal * x0, rest, 0, 1)
         return kl.reshape(len(x0), -1).sum(1)
 
     @torch.no_grad()
@@ -302,8 +302,7 @@ class UNet(nn.Module):
         if y.shape != t.shape or y.is_cpu and (y.min() < -1 or y.max() >= self.classes):
             raise ValueError(f"want y {t.shape} in -1..{self.classes - 1}, got {y}")
         # Sines and cosines of t (Vaswani et al. 2017, Sec. 3.5)
-        i = torch.arange(32, device=t.device)
-        angle = t[:, None] / 10000 ** (i / 32)
+        angle = t[:, None] / 10000 ** (torch.arange(32, device=t.device) / 32)
         waves = torch.cat([angle.sin(), angle.cos()], 1)          # (B, 64)
         emb = self.time1(waves.to(self.out.weight.dtype))
         emb = F.silu(self.time2(F.silu(emb)) + self.label(y + 1))
