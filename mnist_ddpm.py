@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_min as ddpm
 
-DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 4e-3, "width": 32, "seed": 0,
+DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
             "schedule": "laplace", "conditional": False, "data": None}
-CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "lr": 2.5e-3,
-                 "width": 96}
+CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
 LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4"
 
@@ -54,7 +54,7 @@ def load_images(config, split):
     keys = [f"x_{split}", f"y_{split}"] if config["conditional"] else [f"x_{split}"]
     try:
         with np.load(path, allow_pickle=False) as file:
-            x, *y = [file[key] for key in keys]
+            x, *y = [np.asarray(file[key]) for key in keys]
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         fail(f"{path}: want an .npz of numbers {' and '.join(keys)} ({type(error).__name__})")
     x = x[..., None] if x.ndim == 3 else x
@@ -112,15 +112,16 @@ def load_run(path, device):
     """The Run that save_run wrote, on any device, none of its code run; or fail."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        config, generator, _ = state["config"], state["generator"], state["average"]
+        run = Run(state["config"], device)
+        for name, part in run.parts.items():
+            part.load_state_dict(state[name])
+        run.step = state["step"]
+        if len(state["generator"]) == len(run.generator.get_state()):   # same device
+            run.generator.set_state(state["generator"])
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # torch knows a dozen for missing, broken, foreign files
         fail(f"no checkpoint in {path} ({type(error).__name__}): train first, or see --out")
-    run = Run(config, device)
-    for name, part in run.parts.items():
-        part.load_state_dict(state[name])
-    run.step = state["step"]
-    if len(generator) == len(run.generator.get_state()):    # not of another device
-        run.generator.set_state(generator)
     return run
 
 
@@ -188,7 +189,7 @@ def report(run, loss, seconds, steps):
     line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  step {run.step}/{total}"
             f"  loss {loss:.4f}  {rate * batch_size:.0f} images/s  {seconds:.0f} s, "
             f"{(total - run.step) / rate:.0f} s left")
-    end = "\r" if sys.stdout.isatty() and run.step < total else "\n"
+    end = "\r" if sys.stdout and sys.stdout.isatty() and run.step < total else "\n"
     print(f"{line:<79}", end=end, flush=True)
 
 
@@ -245,14 +246,14 @@ def sample(run, args):
             pass
         images.append(x)
     images = torch.cat(images)
-    write_file(args.out / "samples.png", ddpm.encode_png([grid(images, columns)]))
-    print(f"wrote {args.out / 'samples.png'}")
+    picture = args.out / "samples.png"
+    write_file(picture, ddpm.encode_png([grid(images, columns)]))
     if args.npz:
         y = {"y": np.array(labels)[classes]} if labels else {}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, x=images.numpy(), **y)
         write_file(args.npz, buffer.getvalue())
-        print(f"wrote {args.npz}")
+    print(f"wrote {picture}" + (f" and {args.npz}" if args.npz else ""))
 
 
 def evaluate(run):
@@ -287,7 +288,7 @@ def parse_arguments(argv):
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--epochs", type=positive, help="default: 240,000 images' worth, CUDA 1,800,000")
     add("--batch-size", type=count, help="images a step (default: 32, on CUDA 256)")
-    add("--lr", type=positive, help="AdamW's highest (default: 0.004, on CUDA 0.0025)")
+    add("--lr", type=positive, help="highest learning rate of AdamW (default: 0.0025)")
     add("--width", type=count, help="of the U-Net, by eights (default: 32, on CUDA 96)")
     add("--seed", type=partial(number, int, 0, 2**31), help="default: 0")
     add("--schedule", choices=["laplace", "cosine", "linear"],
@@ -328,8 +329,9 @@ def check_options(args, path, config):
         fail(f"--label {args.label}: the labels in {path} are {config['labels']}")
     if args.guidance != 1 and not config["labels"]:
         fail(f"--guidance: {path} was not trained with --conditional")
-    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()):
-        fail(f"--npz {args.npz}: want a new file, in a folder that exists")
+    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()
+                     or args.npz.suffix != ".npz"):
+        fail(f"--npz {args.npz}: want a new .npz file, in a folder that exists")
 
 
 def run_program(args):
@@ -371,9 +373,12 @@ def run_program(args):
 
 def main(argv=None):
     """The command line; see the module's docstring."""
+    warnings.simplefilter("ignore")             # torch warns of foreign checkpoints
     try:
         run_program(parse_arguments(argv))
+        print(end="", flush=True)
     except OSError as error:
+        sys.stdout = None                       # or Python writes to it once more
         fail(f"cannot write: {error}")
     except torch.OutOfMemoryError:
         fail("the GPU's memory is full: lower --batch-size or --width")

@@ -328,7 +328,7 @@ def test_bad_input_gets_one_line(options, says, arrays, capsys):
     ("--resume --data other.npz", "trained on"),
     ("--sample 2 --label 1", "--label 1"),
     ("--sample 2 --guidance 2", "--conditional"),
-    ("--sample 2 --npz o/model.pt", "new file"),
+    ("--sample 2 --npz o/model.pt", "new .npz file"),
     ("--sample 2 --npz missing/x.npz", "folder that exists"),
     ("--evaluate --data other.npz", "[64, 1, 4, 4]"),
 ])
