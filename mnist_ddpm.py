@@ -346,6 +346,9 @@ def run_program(args):
     device = torch.device(best if args.device in ("auto", best) else "cpu")
     if args.device not in ("auto", device.type):
         print(f"mnist_ddpm: no {args.device} here for it, so the CPU", file=sys.stderr)
+    # On a GPU, too, the same seed is to give the same samples.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if loads:
         run = load_run(path, device)
         config, settings = run.config, ["data", "lr"]
