@@ -1,8 +1,8 @@
 """Denoising diffusion probabilistic models (Ho, Jain, Abbeel 2020, arXiv 2006.11239).
 
-Tensors in, tensors out (and, at the end, a PNG encoder): no files. Equation numbers are that paper's unless
-another is named. Index rule: t runs from 1 to T and index 0 is the data, so beta_0 = 0
-and alpha_bar_0 = 1.
+Tensors in, tensors out, no files; at the end, a PNG encoder. Equation numbers are that
+paper's unless another is named. Index rule: t runs from 1 to T and index 0 is the data,
+so beta_0 = 0 and alpha_bar_0 = 1.
 
     diffusion = GaussianDiffusion(linear_schedule()).float()
     model = UNet(channels=1)                 # or any callable model(x_t, t) -> eps
@@ -38,7 +38,7 @@ def cosine_schedule(T=1000, s=0.008):
 def laplace_schedule(T=1000, mu=-1.5, b=1.0):
     """beta_1..beta_T, float64 (T,): log(alpha_bar / (1 - alpha_bar)) ~ Laplace(mu, b)
     (Hang et al. 2024: mu = 0, b = 0.5; this project's defaults suit small digits)."""
-    u = torch.arange(T + 1, dtype=torch.float64) / T
+    u = torch.arange(T + 1, dtype=torch.float64) / (T + 1)      # < 1: alpha_bar_T > 0
     law = torch.distributions.Laplace(torch.tensor(mu, dtype=u.dtype), b)
     return _betas(torch.sigmoid(law.icdf(1 - u)))
 

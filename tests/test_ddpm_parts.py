@@ -54,14 +54,14 @@ def test_cosine_schedule(options, T, s):
 
 @pytest.mark.parametrize("options, mu, b", [((), -1.5, 1), ((1000, 1, 0.5), 1, 0.5)])
 def test_laplace_schedule(options, mu, b):
-    """P(log SNR < log SNR_t) = 1 - t/T by the CDF of Laplace(mu, b), for t < T."""
+    """P(log SNR < log SNR_t) = 1 - t / (T + 1) by the CDF of Laplace(mu, b)."""
     betas = ddpm_min.laplace_schedule(*options)
     ours = torch.cumprod(1 - betas, 0)
     z = (torch.log(ours / (1 - ours)) - mu) / b
     tail = torch.exp(-z.abs()) / 2
     cdf = torch.where(z < 0, tail, 1 - tail)
-    t = torch.arange(1, 1000).double()
-    assert_close(cdf[:-1], 1 - t / 1000)
+    t = torch.arange(1, 1001).double()
+    assert_close(cdf, 1 - t / 1001)
 
 
 def test_gradient_of_betas():
