@@ -30,6 +30,9 @@ DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "see
             "schedule": "laplace", "conditional": False, "data": None}
 CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
+LIMITS = {"epochs": (1e-9, 1e6), "batch_size": (1, 10**6), "lr": (1e-9, 1e6),
+          "width": (8, 10**6), "seed": (0, 2**31), "sample": (1, 10**6),
+          "steps": (1, 1000), "eta": (0, 1), "label": (0, 999), "guidance": (-100, 100)}
 LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4"
 
 
@@ -272,28 +275,16 @@ def evaluate(run):
     print(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
-def number(kind, low, high, text):
-    """The int or float in an option's text; an argparse error unless in low..high."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} in {low}..{high}")
-    return value
-
-
 def parse_arguments(argv):
     """The command line as a namespace; a setting of the run is there only if given."""
-    count, positive = partial(number, int, 1, 10**6), partial(number, float, 1e-9, 1e6)
     parser = argparse.ArgumentParser(description="Diffusion on images.")
     parser.error = fail
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--epochs", type=positive, help="default: 240,000 images' worth, CUDA 1,800,000")
-    add("--batch-size", type=count, help="images a step (default: 32, on CUDA 256)")
-    add("--lr", type=positive, help="highest learning rate of AdamW (default: 0.0025)")
-    add("--width", type=count, help="of the U-Net, by eights (default: 32, on CUDA 96)")
-    add("--seed", type=partial(number, int, 0, 2**31), help="default: 0")
+    add("--epochs", type=float, help="default: 240,000 images' worth, CUDA 1,800,000")
+    add("--batch-size", type=int, help="images a step (default: 32, on CUDA 256)")
+    add("--lr", type=float, help="highest learning rate of AdamW (default: 0.0025)")
+    add("--width", type=int, help="of the U-Net, by eights (default: 32, on CUDA 96)")
+    add("--seed", type=int, help="default: 0")
     add("--schedule", choices=["laplace", "cosine", "linear"],
         help="of beta (default: laplace; cosine pays for photographs, with fine texture)")
     add("--conditional", action="store_true", help="train with labels (default: no)")
@@ -306,15 +297,19 @@ def parse_arguments(argv):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--evaluate", action="store_true", help="print the bound on x_test, bits/dim")
-    add("--sample", type=count, help="draw so many images with the model in --out")
+    add("--sample", type=int, help="draw so many images with the model in --out")
     add = parser.add_argument_group("with --sample").add_argument
-    add("--steps", type=partial(number, int, 1, 1000), default=50, help="default: 50")
-    add("--eta", type=partial(number, float, 0, 1), default=1.0, help="1: DDPM, 0: DDIM")
-    add("--label", type=partial(number, int, 0, 999), help="only this (default: all)")
-    add("--guidance", type=partial(number, float, -100, 100), default=1.0,
+    add("--steps", type=int, default=50, help="default: 50")
+    add("--eta", type=float, default=1.0, help="1: DDPM, 0: DDIM")
+    add("--label", type=int, help="only this (default: all)")
+    add("--guidance", type=float, default=1.0,
         help="s of classifier-free guidance (default: 1)")
     add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
     args = parser.parse_args(argv)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name} {value}: want {low}..{high}".replace("_", "-"))
     if getattr(args, "width", 8) % 8:
         fail(f"--width {args.width}: want a multiple of 8")
     drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)
@@ -327,7 +322,8 @@ def check_options(args, path, config):
     """Fail if an option does not fit the model in path."""
     for key in ["batch_size", "width", "schedule", "conditional"] + ["seed"] * args.resume:
         if getattr(args, key, config[key]) != config[key]:
-            fail(f"{path} was trained with {key} {config[key]}: leave out that option")
+            option = "--" + key.replace("_", "-")
+            fail(f"{path} was trained with {option} {config[key]}: leave out {option}")
     if args.label not in (None, *config["labels"]):
         fail(f"--label {args.label}: the labels in {path} are {config['labels']}")
     if args.guidance != 1 and not config["labels"]:
