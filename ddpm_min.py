@@ -50,12 +50,12 @@ def _betas(alpha_bar):
 
 class GaussianDiffusion(nn.Module):
     """The processes q and p for x of any shape (B, ...), from betas (T,) inside (0, 1).
-    Buffers (T+1,): beta, alpha, alpha_bar, one_minus_alpha_bar. t: int64 (B,) in 1..T. A
-    model: any callable (x_t, t), or (x_t, t, y) where labels y are given, that returns
-    eps of x_t's shape. ValueError for what does not fit."""
+    Buffers (T+1,): beta, alpha, alpha_bar, one_minus_alpha_bar. t: int64 (B,) in 1..T.
+    A model: any callable (x_t, t), or (x_t, t, y) with labels y, that returns eps of
+    x_t's shape. ValueError for shapes, dtypes, t that do not fit."""
     def __init__(self, betas):
         super().__init__()
-        if betas.dim() != 1 or not len(betas) or betas.min() <= 0 or betas.max() >= 1:
+        if betas.dim() != 1 or not len(betas) or not 0 < betas.min() <= betas.max() < 1:
             raise ValueError(f"want betas (T,) inside (0, 1), got {betas.tolist()}")
         self.T = len(betas)
         beta = F.pad(betas.double(), (1, 0))            # beta_0 = 0
@@ -144,15 +144,15 @@ class GaussianDiffusion(nn.Module):
         return F.mse_loss(self._model_eps(model, x_t, t, y), eps)
 
     def vlb(self, model, x0, t, y=None, clip=False, generator=None):
-        """The term of Eq. 5 at t, nats (B,), at one x_t: L_{t-1}, at t = 1 the L_0 of 8-bit
-        data. p has the posterior's variance, at t = 1 that of t = 2 (the authors' code)."""
+        """Eq. 5's term for t, nats (B,), at one x_t: L_{t-1}, or for t = 1 the L_0 of
+        8-bit x0. p's variance is beta~_t, for t = 1 beta~_2 (the authors' code)."""
         eps = torch.empty_like(x0).normal_(generator=generator)
         x_t = self.q_sample(x0, t, eps)
         mean_p, _ = self.q_posterior(self._model_x0(model, x_t, t, y, clip), x_t, t)
         mean_q, variance = self.q_posterior(x0, x_t, t.clamp(min=2))
         kl = gaussian_kl(mean_q, variance, mean_p, variance)
         nll = -discretised_log_likelihood(x0, mean_p, variance)
-        nats = torch.where((t == 1).reshape(variance.shape), nll, kl)   # kl is for t > 1
+        nats = torch.where((t == 1).reshape(variance.shape), nll, kl)   # kl: t > 1
         return nats.reshape(len(x0), -1).sum(1)
 
     def prior_kl(self, x0):
@@ -163,9 +163,9 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, clip=False, batch_size=500, generator=None):
-        """Eq. 5 in bits/dim, on x0 (N, ...), N >= 2: an unbiased estimate, its standard
-        error. Each term, at a random t, is divided by t's probability: that of the term's
-        size for N(0, I) data, (SNR_{t-1} - SNR_t) / (1 + SNR_t), SNR = alpha_bar / rest."""
+        """Eq. 5 in bits/dim on x0 (N, ...), N >= 2: an estimate and its standard error.
+        No bias: each x0's t is random, and its term is divided by t's probability."""
+        # In proportion to L_{t-1} of N(0, I) data: (SNR_{t-1} - SNR_t) / (1 + SNR_t).
         size = self.alpha_bar[1:-1] * self.beta[2:] / self.one_minus_alpha_bar[1:-1]
         size = torch.cat([size[:1], size])              # t = 1 as often as t = 2
         prob = size / size.sum()                        # (T,), of t = 1..T
@@ -181,9 +181,9 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, t_prev=None, eta=1.0, clip=True, generator=None):
         """One reverse step, x_t (B, ...) to x_{t_prev}; ints t_prev < t, default t - 1.
-        clip: the model's x0 comes into [-1, 1] (the authors' code). At t - 1, clip=False,
-        eta=1 is Algorithm 2 with sigma_t^2 = beta~_t (Sec. 3.2). eta=0 is DDIM, without
-        noise (Song et al. 2021, Eqs. 12, 16, whose alpha is our alpha_bar)."""
+        clip: bring the model's x0 into [-1, 1] (the authors' code). eta=1, clip=False,
+        t_prev = t - 1: Algorithm 2 with sigma_t^2 = beta~_t (Sec. 3.2). eta=0: DDIM, no
+        noise (Song et al. 2021, Eqs. 12, 16; their alpha is our alpha_bar)."""
         t_prev = t - 1 if t_prev is None else t_prev
         if not (0 <= t_prev < t <= self.T and 0 <= eta <= 1):
             raise ValueError(f"want 0 <= {t_prev} < {t} <= {self.T}, {eta} in 0..1")
@@ -193,17 +193,17 @@ class GaussianDiffusion(nn.Module):
         alpha_bar_prev = self.alpha_bar[t_prev]
         rest_prev = self.one_minus_alpha_bar[t_prev]
         beta = 1 - self.alpha_bar[t] / alpha_bar_prev   # of the whole step
-        variance = eta**2 * beta * rest_prev / self.one_minus_alpha_bar[t]      # Eq. 16
+        variance = eta**2 * beta * rest_prev / self.one_minus_alpha_bar[t]    # Eq. 16^2
         eps_share = (rest_prev - variance).clamp(min=0).sqrt()
         # At t_prev = 0 the variance is 0: no noise enters x_0.
         z = torch.empty_like(x_t).normal_(generator=generator)
         return alpha_bar_prev.sqrt() * x0 + eps_share * eps + variance.sqrt() * z
 
     def sample(self, model, shape, steps=None, eta=1.0, clip=True, generator=None):
-        """Yield x_T ~ N(0, I), ..., x_0, (B, ...), yours to change; for data outside [-1, 1]
-        with clip=False; for labels with model = partial(model, y=y) or classifier_free.
-        steps=None: all T. steps=S: S of them, at t = T (i/S)^1.5, denser near the data, for
-        fine texture (Song et al. 2021, App. D.2: squared)."""
+        """Yield copies of x_T ~ N(0, I), ..., x_0, each (B, ...); clip as in p_sample.
+        Labels: model = partial(model, y=y), or classifier_free(model, y, s).
+        steps=None: every t. steps=S: t = T (i/S)^1.5 for i = S, ..., 0, denser near the
+        data, for fine texture (Song et al. 2021, App. D.2: squared)."""
         steps = self.T if steps is None else steps
         if steps not in range(1, self.T + 1):
             raise ValueError(f"want whole steps in 1..{self.T}, got {steps}")
@@ -218,9 +218,9 @@ class GaussianDiffusion(nn.Module):
 
 
 def gaussian_kl(mean_q, var_q, mean_p, var_p):
-    """KL(N(mean_q, var_q) || N(mean_p, var_p)), nats, elementwise; variances > 0.
-    Under E_q, and up to a constant, it is Eq. 8."""
-    return 0.5 * (torch.log(var_p / var_q) + (var_q + (mean_q - mean_p) ** 2) / var_p - 1)
+    """KL(N(mean_q, var_q) || N(mean_p, var_p)), nats, elementwise; its E_q is Eq. 8."""
+    square = (mean_q - mean_p) ** 2
+    return 0.5 * (torch.log(var_p / var_q) + (var_q + square) / var_p - 1)
 
 
 def discretised_log_likelihood(x0, mean, var):
@@ -236,8 +236,8 @@ def discretised_log_likelihood(x0, mean, var):
 
 
 def classifier_free(model, y, s):
-    """The callable (x_t, t) -> eps(null) + s (eps(y) - eps(null)) of model(x_t, t, y), if
-    it was trained with some y = -1, null (Ho & Salimans 2022, Eq. 6, where w = s - 1)."""
+    """The callable (x_t, t) -> eps_null + s (eps_y - eps_null) of a model(x_t, t, y)
+    trained with some y = -1, the null label (Ho & Salimans 2022, Eq. 6, w = s - 1)."""
     return partial(_guided_eps, model, y, s)
 
 
@@ -268,9 +268,9 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps for images x (B, channels, H, W), sides divisible by 4: a U-Net after App. B,
-    small: `width` channels (a multiple of 8) at H/2, by space-to-depth, twice as many at
-    H/4. Labels y, int64 (B,), are below classes; -1 or no y: the null label."""
+    """eps for images x (B, channels, H, W), H and W divisible by 4: a small U-Net after
+    App. B. Space-to-depth, then `width` channels (a multiple of 8) at H/2, twice that
+    at H/4. y: int64 (B,) below classes; -1, or no y, is the null label."""
     def __init__(self, channels=1, width=48, classes=0):
         super().__init__()
         self.classes = classes
@@ -303,13 +303,13 @@ class UNet(nn.Module):
             raise ValueError(f"want y {t.shape} in -1..{self.classes - 1}, got {y}")
         # Sines and cosines of t (Vaswani et al. 2017, Sec. 3.5)
         angle = t[:, None] / 10000 ** (torch.arange(32, device=t.device) / 32)
-        waves = torch.cat([angle.sin(), angle.cos()], 1)          # (B, 64)
-        emb = self.time1(waves.to(self.out.weight.dtype))
-        emb = F.silu(self.time2(F.silu(emb)) + self.label(y + 1))
+        waves = torch.cat([angle.sin(), angle.cos()], 1).to(self.out.weight.dtype)
+        emb = self.time2(F.silu(self.time1(waves)))               # from (B, 64)
+        emb = F.silu(emb + self.label(y + 1))
         h0 = self.stem(F.pixel_unshuffle(x.to(emb.dtype), 2))     # (B, w, H/2, W/2)
         h1 = self.down1(h0, emb)
         h2 = self.down2(self.down(h1), emb)                       # (B, 2w, H/4, W/4)
-        tokens = self.attention_norm(h2).flatten(2).transpose(1, 2)         # (B, HW/16, 2w)
+        tokens = self.attention_norm(h2).flatten(2).transpose(1, 2)     # (B, HW/16, 2w)
         tokens, _ = self.attention(tokens, tokens, tokens, need_weights=False)
         h = h2 + tokens.transpose(1, 2).reshape(h2.shape)
         h = self.middle(h, emb)
@@ -322,14 +322,14 @@ class UNet(nn.Module):
 
 
 def encode_png(frames, fps=20):
-    """PNG bytes of a list of uint8 frames (H, W) or (H, W, 3), on the CPU, else ValueError;
+    """PNG bytes of a list of frames, uint8 (H, W) or (H, W, 3), on a CPU; ValueError;
     several are an endless animation, fps an int (W3C PNG, 2025)."""
     frames = np.stack(frames)
     if frames.dtype != np.uint8 or frames.shape[3:] not in ((), (3,)):
-        raise ValueError(f"want uint8 (H, W) or (H, W, 3), got {frames.dtype}")
+        raise ValueError(f"want uint8 (H, W[, 3]): {frames.dtype} {frames.shape[1:]}")
     count, height, width = frames.shape[:3]
     size = struct.pack(">II", width, height)
-    kind = bytes([8, 2 if frames.ndim == 4 else 0, 0, 0, 0])        # 8 bits; RGB or grey
+    kind = bytes([8, 2 if frames.ndim == 4 else 0, 0, 0, 0])      # 8 bits; RGB or grey
     png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", size + kind)
     png += _chunk(b"acTL", struct.pack(">II", count, 0))
     for i, frame in enumerate(frames):

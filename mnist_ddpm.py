@@ -43,7 +43,7 @@ def fail(message):
 
 
 def write_file(path, data):
-    """Replace a file by the bytes `data` at once; on an OSError the old one is whole."""
+    """Replace a file by these bytes at once; on an OSError the old one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -53,7 +53,7 @@ def write_file(path, data):
         temporary.unlink(missing_ok=True)
 
 
-def load_images(config, split):
+def load_images(config, split, device="cpu"):
     """Images, uint8 (N, C, H, W); indices of labels, int64 (N,), or None; the list of
     labels that they index: config's, or all that occur. split: "train" or "test"."""
     path = config["data"] or str(MNIST)
@@ -62,12 +62,12 @@ def load_images(config, split):
         with np.load(path, allow_pickle=False) as file:
             x, *y = [np.asarray(file[key]) for key in keys]
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
-        fail(f"{path}: want an .npz of numbers {' and '.join(keys)} ({type(error).__name__})")
+        fail(f"{path}: no .npz of numbers {', '.join(keys)} ({type(error).__name__})")
     x = x[..., None] if x.ndim == 3 else x
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size \
             or x.shape[1] % 4 or x.shape[2] % 4:
         fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
-    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
     if not y:
         return x, None, []
     y = y[0].reshape(-1)
@@ -76,7 +76,7 @@ def load_images(config, split):
     labels = config.get("labels") or np.unique(y).tolist()
     if not np.isin(y, labels).all():
         fail(f"{keys[1]} in {path}: the model knows only the labels {labels}")
-    return x, torch.from_numpy(np.searchsorted(labels, y)), labels
+    return x, torch.from_numpy(np.searchsorted(labels, y)).to(device), labels
 
 
 class Run:
@@ -88,9 +88,9 @@ class Run:
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).float().to(device)
         channels, classes = config["shape"][0], len(config["labels"])
-        self.model = ddpm.UNet(channels, config["width"], classes)
-        self.model.to(device, memory_format=torch.channels_last)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        model = ddpm.UNet(channels, config["width"], classes)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
         self.parts = {"model": self.model, "average": self.average,
@@ -106,7 +106,7 @@ class Run:
 def save_run(path, run, loss):
     """Write all that it takes to go on; fail if the loss or a weight is not finite."""
     if not all(value.isfinite().all() for value in (loss, *run.model.parameters())):
-        fail(f"not finite at step {run.step}: go on from {path} by --resume, lower --lr")
+        fail(f"not finite, step {run.step}: go on from {path} by --resume, lower --lr")
     state = {name: part.state_dict() for name, part in run.parts.items()}
     state.update(config=run.config, step=run.step, generator=run.generator.get_state())
     buffer = io.BytesIO()
@@ -127,18 +127,17 @@ def load_run(path, device):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch knows a dozen for missing, broken, foreign files
-        fail(f"no checkpoint in {path} ({type(error).__name__}): train first, or see --out")
+        fail(f"no checkpoint in {path} ({type(error).__name__}): train first, or --out")
     return run
 
 
 def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
     """Yield x_T..x_0 as images, uint8 (n, H, W) or (n, H, W, 3), on the CPU; classes:
     int64 (n,), as load_images makes them (without labels only n matters)."""
-    network = run.average_network
-    if run.config["labels"] and guidance == 1:
-        network = partial(network, y=classes)
-    elif run.config["labels"]:
-        network = ddpm.classifier_free(network, classes, guidance)
+    y = classes if run.config["labels"] else None
+    network = partial(run.average_network, y=y)
+    if guidance != 1:
+        network = ddpm.classifier_free(run.average_network, y, guidance)
     shape = (len(classes), *run.config["shape"])
     for x in run.diffusion.sample(network, shape, steps, eta, generator=generator):
         images = ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
@@ -191,9 +190,10 @@ def train_step(run, x_train, y_train):
 
 def report(run, loss, seconds, steps):
     """Print where the run stands, after `steps` steps in `seconds` of this program."""
-    total, rate, batch_size = run.config["total"], steps / seconds, run.config["batch_size"]
-    line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  step {run.step}/{total}"
-            f"  loss {loss:.4f}  {rate * batch_size:.0f} images/s  {seconds:.0f} s, "
+    total, batch_size, N = [run.config[key] for key in ("total", "batch_size", "N")]
+    rate = steps / seconds
+    line = (f"epoch {run.step * batch_size / N:.2f}  step {run.step}/{total}  "
+            f"loss {loss:.4f}  {rate * batch_size:.0f} images/s  {seconds:.0f} s, "
             f"{(total - run.step) / rate:.0f} s left")
     end = "\r" if sys.stdout and sys.stdout.isatty() and run.step < total else "\n"
     print(f"{line:<79}", end=end, flush=True)
@@ -229,13 +229,12 @@ def train(run, x_train, y_train, out):
             # After the checkpoint: standard output can be a closed pipe, a full disk.
             report(run, loss, now - begin, run.step - start)
     save_run(path, run, loss)
-    if run.step == total:
-        draw_pictures(run, out, 50)
-        print(f"wrote {path}, samples.png, denoising.png")
-        return
-    print(f"mnist_ddpm: stopped at step {run.step} of {total}, saved in {path}; --resume "
-          "goes on there", file=sys.stderr)
-    sys.exit(128 + stop[0])
+    if run.step < total:
+        print(f"mnist_ddpm: stopped at step {run.step} of {total}, saved in {path}; "
+              "--resume goes on there", file=sys.stderr)
+        sys.exit(128 + stop[0])
+    draw_pictures(run, out, 50)
+    print(f"wrote {path}, samples.png, denoising.png")
 
 
 def sample(run, args):
@@ -264,14 +263,12 @@ def sample(run, args):
 
 def evaluate(run):
     """Print the variational bound on x_test."""
-    x, y, _ = load_images(run.config, "test")
+    x, y, _ = load_images(run.config, "test", run.device)
     if len(x) < 2 or list(x.shape[1:]) != run.config["shape"]:
         fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
-    x0 = x.to(run.device) / 127.5 - 1
-    y = y if y is None else y.to(run.device)
     model = run.average.module          # in float32, on a GPU too
     bits, error = run.diffusion.bits_per_dim(
-        model, x0, y, clip=True, generator=run.generator)
+        model, x / 127.5 - 1, y, clip=True, generator=run.generator)
     print(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
@@ -286,12 +283,12 @@ def parse_arguments(argv):
     add("--width", type=int, help="of the U-Net, by eights (default: 32, on CUDA 96)")
     add("--seed", type=int, help="default: 0")
     add("--schedule", choices=["laplace", "cosine", "linear"],
-        help="of beta (default: laplace; cosine pays for photographs, with fine texture)")
+        help="of beta (default: laplace; cosine pays for fine texture, photographs)")
     add("--conditional", action="store_true", help="train with labels (default: no)")
-    add("--data", type=os.path.abspath, help=f".npz with x_train, {LAYOUT}; y_train for "
+    add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; y_train for "
         "--conditional, x_test for --evaluate (default: MNIST)")
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
+    add("--out", type=Path, default="out", help="folder to write to (default: out)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -302,8 +299,7 @@ def parse_arguments(argv):
     add("--steps", type=int, default=50, help="default: 50")
     add("--eta", type=float, default=1.0, help="1: DDPM, 0: DDIM")
     add("--label", type=int, help="only this (default: all)")
-    add("--guidance", type=float, default=1.0,
-        help="s of classifier-free guidance (default: 1)")
+    add("--guidance", type=float, default=1.0, help="classifier-free, s (default: 1)")
     add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
@@ -320,7 +316,8 @@ def parse_arguments(argv):
 
 def check_options(args, path, config):
     """Fail if an option does not fit the model in path."""
-    for key in ["batch_size", "width", "schedule", "conditional"] + ["seed"] * args.resume:
+    fixed = ["batch_size", "width", "schedule", "conditional"]
+    for key in fixed + ["seed"] * args.resume:
         if getattr(args, key, config[key]) != config[key]:
             option = "--" + key.replace("_", "-")
             fail(f"{path} was trained with {option} {config[key]}: leave out {option}")
@@ -359,7 +356,7 @@ def run_program(args):
         run.generator.manual_seed(getattr(args, "seed", 0))
         return evaluate(run) if args.evaluate else sample(run, args)
 
-    x, y, labels = load_images(config, "train")
+    x, y, labels = load_images(config, "train", device)
     facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": labels}
     if loads and facts != {key: config[key] for key in facts}:
         fail(f"--data is not what {path} was trained on")
@@ -370,7 +367,7 @@ def run_program(args):
     run = run if loads else Run(config, device)
     if run.step > config["total"]:
         fail(f"--epochs {args.epochs} end before step {run.step}, where {path} is")
-    train(run, x.to(device), y if y is None else y.to(device), args.out)
+    train(run, x, y, args.out)
 
 
 def main(argv=None):

@@ -103,11 +103,11 @@ def schedule(sigma, edge=0.001, alpha_bar_T=0.01):
 
 
 def bound(x0, diffusion, reverse, eps):
-    """K of each point in nats, (n,), from all steps; its mean is the bound (Eqs. 12-14,
-    App. B). x0 (n, d), of mean variance 1; eps ~ N(0, I), (T-1, n, d), makes x^2..x^T.
+    """K of each of n points, nats (n,), from all steps; their mean is K (Eqs. 12-14,
+    App. B). x0 (n, d) with mean variance 1; eps ~ N(0, I), (T-1, n, d), gives x^2..x^T.
     reverse(x_t (T-1, n, d), t int64 (T-1,)): mean and variance of p(x^{t-1} | x^t), to
-    broadcast with x_t. Step 1 is fixed so that its term is 0 on average (Eq. 44). By
-    Eq. 14 K is below -d/2 log(2 pi e beta_1). ValueError where shapes differ."""
+    broadcast with x_t. Step 1 is the edge step, 0 on average (Eq. 44). As a KL is >= 0,
+    K is below -d/2 log(2 pi e beta_1). ValueError where shapes differ."""
     n, d = x0.shape
     t = torch.arange(2, diffusion.T + 1, device=x0.device)
     x0 = x0.expand(len(t), n, d)
@@ -124,9 +124,9 @@ def bound(x0, diffusion, reverse, eps):
 
 
 def f_mu_f_sigma(net, diffusion, x_t, t):
-    """f_mu and f_Sigma's diagonal, (S, n, 2), at x_t (S, n, 2), t int64 (S,), from
-    net(x_t, t) (S, n, 4). The paper has the sigmoid (App. D.1.1), the authors' code the
-    rest. A net of zeros is the reverse of q for data from N(0, I)."""
+    """f_mu and f_Sigma's diagonal, each (S, n, 2), at x_t (S, n, 2), t int64 (S,), from
+    net(x_t, t) (S, n, 4). The sigmoid: App. D.1.1. The rest: the authors' code, less
+    its 1 / sqrt(T) on z_sigma. A net of zeros reverses q of data from N(0, I)."""
     alpha = diffusion.alpha[t, None, None]
     beta = diffusion.beta[t, None, None]
     z_mu, z_sigma = net(x_t, t).chunk(2, dim=2)
@@ -236,9 +236,9 @@ def draw(x, u, size=336, ink=1.0):
 
 
 def figure_1(x0, states, diffusion, reverse, roll, generator=None):
-    """uint8 (H, W, 3). Rows: q, p, drift f_mu(x, t) - x at points of p. Columns: t = 0
-    (drift: 2, the last learned), T/2, T. Colour: where on the roll a point starts (q),
-    ends (p). x0 and each of states are (n, 2)."""
+    """uint8 (H, W, 3). Rows: q, p, drift f_mu(x, t) - x at 700 points of p. Columns:
+    t = 0 (drift: 2, the last learned), T/2, T. Colour: where on the roll a point starts
+    (q), ends (p). x0 and each of states: (n, 2), n >= 700."""
     _, start = roll.nearest(x0)
     _, end = roll.nearest(states[-1])
     eps = torch.randn(x0.shape, generator=generator)
@@ -278,7 +278,7 @@ def report(bits, samples, roll):
     distance, _ = roll.nearest(samples)
     close = (distance < 0.1).double().mean()
     print(f"samples: {close:.2%} within 0.1 of the curve")
-    print(f"held out: K +- {error:.3f}; the paper: K=2.35 K-L_null=6.45")
+    print(f"held out, to +- {error:.3f}; the paper: K=2.35 K-L_null=6.45")
     print(f"K={K:.3f} L_null={null:.3f} K-L_null={K - null:.3f} ", end="")
     print(f"ceiling={most:.3f} gap={most - K:.3f} bits/point", flush=True)
 
@@ -294,7 +294,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser()
     parser.error = fail                                         # one line, no usage
     add = parser.add_argument
-    add("--net", choices=["mlp", "rbf"], default="mlp", help="default: mlp; rbf is the paper's")
+    add("--net", choices=["mlp", "rbf"], default="mlp", help="default: mlp; paper: rbf")
     add("--steps", type=int, default=15000, help="updates (default: 15000)")
     add("--noise", type=float, default=0.02, help="of the roll (default: 0.02)")
     add("--learn-beta", action="store_true", help="learn beta_2..beta_T as well")
