@@ -6,7 +6,7 @@
     python mnist_ddpm.py --evaluate                 # the variational bound, bits/dim
     python mnist_ddpm.py --conditional --out labels # with labels
 
-Defaults on two cores of an AMD EPYC: 7.5 minutes, Frechet distances 46 and 61 (seeds 0
+Defaults on two cores of an AMD EPYC: 7 minutes; Frechet distances 49 and 56 (seeds 0
 and 1; 1,000 real images have 12; see docs/experiments.md). Never run on a GPU.
 """
 import argparse
