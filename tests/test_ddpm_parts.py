@@ -313,8 +313,7 @@ def test_png_animation():
     assert [chunks[i][1][3] for i in (2, 4, 5, 6, 7)] == [0, 1, 2, 3, 4]
 
 
-X = torch.ones(2, 3)
-T1 = torch.ones(2, dtype=torch.int64)
+X, T1 = torch.ones(2, 3), torch.ones(2, dtype=torch.int64)
 IMAGE = torch.ones(2, 1, 8, 8)
 PIXELS = torch.zeros(4, 6, dtype=torch.uint8)
 NET = UNet(1, 8, classes=2)
@@ -337,6 +336,7 @@ HALF = GaussianDiffusion(ddpm_min.cosine_schedule()).half()
     lambda: D.p_sample(same, X, 2, 2),
     lambda: GaussianDiffusion(0 * X[0]),
     lambda: GaussianDiffusion(X[0]),
+    lambda: GaussianDiffusion(math.nan * X[0]),
     lambda: GaussianDiffusion(0.1 * X),
     lambda: NET(IMAGE[:, :, :6], T1),
     lambda: NET(IMAGE, T1, torch.tensor([1, 2])),       # of two classes, 0 and 1
