@@ -200,8 +200,8 @@ class GaussianDiffusion(nn.Module):
         return alpha_bar_prev.sqrt() * x0 + eps_share * eps + variance.sqrt() * z
 
     def sample(self, model, shape, steps=None, eta=1.0, clip=True, generator=None):
-        """Yield copies of x_T ~ N(0, I), ..., x_0, each (B, ...); clip as in p_sample.
-        Labels: model = partial(model, y=y), or classifier_free(model, y, s).
+        """Yield x_T ~ N(0, I), ..., x_0, (B, ...); data outside [-1, 1]: clip=False.
+        Each is a copy. Labels: model = partial(model, y=y), or classifier_free.
         steps=None: every t. steps=S: t = T (i/S)^1.5 for i = S, ..., 0, denser near the
         data, for fine texture (Song et al. 2021, App. D.2: squared)."""
         steps = self.T if steps is None else steps
@@ -218,7 +218,7 @@ class GaussianDiffusion(nn.Module):
 
 
 def gaussian_kl(mean_q, var_q, mean_p, var_p):
-    """KL(N(mean_q, var_q) || N(mean_p, var_p)), nats, elementwise; its E_q is Eq. 8."""
+    """KL of N(mean_q, var_q > 0) to N(mean_p, var_p > 0), nats, elementwise (Eq. 8)."""
     square = (mean_q - mean_p) ** 2
     return 0.5 * (torch.log(var_p / var_q) + (var_q + square) / var_p - 1)
 
@@ -322,8 +322,8 @@ class UNet(nn.Module):
 
 
 def encode_png(frames, fps=20):
-    """PNG bytes of a list of frames, uint8 (H, W) or (H, W, 3), on a CPU; ValueError;
-    several are an endless animation, fps an int (W3C PNG, 2025)."""
+    """PNG bytes of a list of frames on the CPU, uint8 (H, W) or (H, W, 3); several make
+    an endless animation, fps an int (W3C PNG, 2025). ValueError for other frames."""
     frames = np.stack(frames)
     if frames.dtype != np.uint8 or frames.shape[3:] not in ((), (3,)):
         raise ValueError(f"want uint8 (H, W[, 3]): {frames.dtype} {frames.shape[1:]}")

@@ -242,6 +242,15 @@ def test_training(learn):
     close(variance / beta[0], torch.ones(1, 2000, 2), atol=1e-4)
 
 
+def test_training_stops_where_K_is_not_finite():
+    """The exit code is 1."""
+    net = MLP(seed(7))
+    net.inner.data[:] = math.nan
+
+    with pytest.raises(SystemExit, match="1"):
+        swiss_roll.train(net, SwissRoll(0.1), 5, False, seed(8), "cpu")
+
+
 def test_sample():
     """x^T ~ N(0, I), then x^{t-1} = f_mu(x^t, t) + sqrt(f_Sigma) z for t = T..1."""
     def reverse(x, t):
