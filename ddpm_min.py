@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.special import log_ndtr
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
@@ -219,8 +218,7 @@ class GaussianDiffusion(nn.Module):
 
 def gaussian_kl(mean_q, var_q, mean_p, var_p):
     """KL of N(mean_q, var_q > 0) to N(mean_p, var_p > 0), nats, elementwise (Eq. 8)."""
-    square = (mean_q - mean_p) ** 2
-    return 0.5 * (torch.log(var_p / var_q) + (var_q + square) / var_p - 1)
+    return 0.5 * ((var_p / var_q).log() + (var_q + (mean_q - mean_p) ** 2) / var_p - 1)
 
 
 def discretised_log_likelihood(x0, mean, var):
@@ -230,8 +228,8 @@ def discretised_log_likelihood(x0, mean, var):
     lower = torch.where(x0 < -0.999, -math.inf, x0 - 1 / 255 - mean)
     # Phi(upper) - Phi(lower), mirrored into the left tail, where Phi keeps its digits.
     mirror = lower + upper > 0
-    log_upper = log_ndtr(torch.where(mirror, -lower, upper) / var.sqrt())
-    log_lower = log_ndtr(torch.where(mirror, -upper, lower) / var.sqrt())
+    log_upper = torch.special.log_ndtr(torch.where(mirror, -lower, upper) / var.sqrt())
+    log_lower = torch.special.log_ndtr(torch.where(mirror, -upper, lower) / var.sqrt())
     return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
@@ -299,8 +297,10 @@ class UNet(nn.Module):
         if x.dim() != 4 or x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(f"want x (B, C, H, W), sides divisible by 4: {x.shape}")
         y = torch.full_like(t, -1) if y is None else y
-        if y.shape != t.shape or y.is_cpu and (y.min() < -1 or y.max() >= self.classes):
-            raise ValueError(f"want y {t.shape} in -1..{self.classes - 1}, got {y}")
+        if y.shape != t.shape:
+            raise ValueError(f"want y {t.shape}, got {y.shape}")
+        if y.is_cpu and not -1 <= y.min() <= y.max() < self.classes:
+            raise ValueError(f"want y in -1..{self.classes - 1}, got {y}")
         # Sines and cosines of t (Vaswani et al. 2017, Sec. 3.5)
         angle = t[:, None] / 10000 ** (torch.arange(32, device=t.device) / 32)
         waves = torch.cat([angle.sin(), angle.cos()], 1).to(self.out.weight.dtype)
