@@ -23,7 +23,7 @@ from torch import nn
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """beta_1..beta_T, float64 (T,), evenly spaced (Sec. 4).
-    For another T scale both ends by 1000 / T, or alpha_bar_T stays far from 0."""
+    For T < 1000 scale both ends by 1000 / T, or alpha_bar_T stays far from 0."""
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
 
@@ -62,7 +62,7 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("beta", beta)
         self.register_buffer("alpha", 1 - beta)
         self.register_buffer("alpha_bar", log_alpha_bar.exp())
-        # Kept: of a float32 alpha_bar_1, 1 - alpha_bar_1 has three correct digits.
+        # Not computed later: 1 - alpha_bar_1 in float32 has three correct digits.
         self.register_buffer("one_minus_alpha_bar", -torch.expm1(log_alpha_bar))
         self.to(betas.dtype)
 
@@ -162,9 +162,9 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, y=None, clip=False, batch_size=500, generator=None):
-        """Eq. 5 in bits/dim on x0 (N, ...), N >= 2: an estimate and its standard error.
+        """Eq. 5 in bits/dim on x0 (N, ...), N, T >= 2: estimate and standard error.
         No bias: each x0's t is random, and its term is divided by t's probability."""
-        # In proportion to L_{t-1} of N(0, I) data: (SNR_{t-1} - SNR_t) / (1 + SNR_t).
+        # Like L_{t-1} of N(0, I) data: alpha_bar_{t-1} beta_t / (1 - alpha_bar_{t-1}).
         size = self.alpha_bar[1:-1] * self.beta[2:] / self.one_minus_alpha_bar[1:-1]
         size = torch.cat([size[:1], size])              # t = 1 as often as t = 2
         prob = size / size.sum()                        # (T,), of t = 1..T
@@ -192,7 +192,7 @@ class GaussianDiffusion(nn.Module):
         alpha_bar_prev = self.alpha_bar[t_prev]
         rest_prev = self.one_minus_alpha_bar[t_prev]
         beta = 1 - self.alpha_bar[t] / alpha_bar_prev   # of the whole step
-        variance = eta**2 * beta * rest_prev / self.one_minus_alpha_bar[t]    # Eq. 16^2
+        variance = eta**2 * beta * rest_prev / self.one_minus_alpha_bar[t]  # (Eq. 16)^2
         eps_share = (rest_prev - variance).clamp(min=0).sqrt()
         # At t_prev = 0 the variance is 0: no noise enters x_0.
         z = torch.empty_like(x_t).normal_(generator=generator)

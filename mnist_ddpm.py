@@ -6,8 +6,8 @@
     python mnist_ddpm.py --evaluate                 # the variational bound, bits/dim
     python mnist_ddpm.py --conditional --out labels # with labels
 
-Defaults on two cores of an AMD EPYC: 7 minutes; Frechet distances 49 and 56 (seeds 0
-and 1; 1,000 real images have 12; see docs/experiments.md). Never run on a GPU.
+Two cores of an AMD EPYC, 7 minutes: Frechet distance 49 (seed 1, on one core: 56; 1,000
+real images have 12; see docs/experiments.md). Never run on a GPU.
 """
 import argparse
 import io
@@ -33,6 +33,7 @@ MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
 LIMITS = {"epochs": (1e-9, 1e6), "batch_size": (1, 10**6), "lr": (1e-9, 1e6),
           "width": (8, 10**6), "seed": (0, 2**31), "sample": (1, 10**6),
           "steps": (1, 1000), "eta": (0, 1), "label": (0, 999), "guidance": (-100, 100)}
+PARTS = "model", "average", "optimiser"             # of a Run, in its checkpoint
 LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4"
 
 
@@ -43,7 +44,7 @@ def fail(message):
 
 
 def write_file(path, data):
-    """Replace a file by these bytes at once; on an OSError the old one is whole."""
+    """Replace a file by these bytes, whole; on an OSError the old one is left whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -87,14 +88,11 @@ class Run:
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).float().to(device)
-        channels, classes = config["shape"][0], len(config["labels"])
-        model = ddpm.UNet(channels, config["width"], classes)
+        model = ddpm.UNet(config["shape"][0], config["width"], len(config["labels"]))
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
-        self.parts = {"model": self.model, "average": self.average,
-                      "optimiser": self.optimiser}
         # Where a GPU has bfloat16 the networks compute in it; the weights stay float32.
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False)
@@ -107,7 +105,7 @@ def save_run(path, run, loss):
     """Write all that it takes to go on; fail if the loss or a weight is not finite."""
     if not all(value.isfinite().all() for value in (loss, *run.model.parameters())):
         fail(f"not finite, step {run.step}: go on from {path} by --resume, lower --lr")
-    state = {name: part.state_dict() for name, part in run.parts.items()}
+    state = {name: getattr(run, name).state_dict() for name in PARTS}
     state.update(config=run.config, step=run.step, generator=run.generator.get_state())
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -119,15 +117,15 @@ def load_run(path, device):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         run = Run(state["config"], device)
-        for name, part in run.parts.items():
-            part.load_state_dict(state[name])
+        for name in PARTS:
+            getattr(run, name).load_state_dict(state[name])
         run.step = state["step"]
         if len(state["generator"]) == len(run.generator.get_state()):   # same device
             run.generator.set_state(state["generator"])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch knows a dozen for missing, broken, foreign files
-        fail(f"no checkpoint in {path} ({type(error).__name__}): train first, or --out")
+        fail(f"no checkpoint in {path} ({type(error).__name__}): train first")
     return run
 
 
@@ -152,7 +150,7 @@ def grid(images, columns):
 
 
 def draw_pictures(run, out, steps):
-    """Write samples.png, denoising.png: 100 images from one noise, classes in order."""
+    """Write samples.png, denoising.png: 100 images from one noise, class by class."""
     classes = torch.arange(100, device=run.device) * len(run.config["labels"]) // 100
     noise = torch.Generator(run.device).manual_seed(run.config["seed"])
     film = [grid(images, 10) for images in draw(run, classes, noise, steps)]
@@ -180,8 +178,8 @@ def train_step(run, x_train, y_train):
     run.optimiser.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    for group in run.optimiser.param_groups:
-        group["lr"] = learning_rate(run.step, config["total"], config["lr"])
+    rate = learning_rate(run.step, config["total"], config["lr"])
+    run.optimiser.param_groups[0]["lr"] = rate
     run.optimiser.step()
     run.average.update_parameters(run.model)
     run.step += 1
@@ -207,7 +205,7 @@ def remember_signal(stop, number, frame):
 def train(run, x_train, y_train, out):
     """Train to the last step or a signal; leaves model.pt and pictures in `out`."""
     path, total, start = out / "model.pt", run.config["total"], run.step
-    loss = torch.zeros((), device=run.device)           # a running mean
+    loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
     save_run(path, run, loss)           # a folder that takes no files ends the run here
     stop = []                           # signals: they wait until all is saved
     signal.signal(signal.SIGINT, partial(remember_signal, stop))
@@ -221,7 +219,7 @@ def train(run, x_train, y_train, out):
             saved = now
             try:
                 save_run(path, run, loss)
-                if now - drawn > 120:
+                if now - drawn > 120 and run.step < total:
                     drawn = now
                     draw_pictures(run, out, 20)
             except OSError as error:
@@ -241,9 +239,9 @@ def sample(run, args):
     """Draw args.sample images into samples.png and, if asked, an .npz."""
     n, labels = args.sample, run.config["labels"]
     classes = torch.arange(n) * len(labels) // n        # counts differ by at most one
-    columns = math.ceil(n / len(labels) if labels else n**0.5)
+    rows = len(labels) or n**0.5
     if args.label is not None:
-        classes, columns = torch.full((n,), labels.index(args.label)), math.ceil(n**0.5)
+        classes, rows = torch.full((n,), labels.index(args.label)), n**0.5
     images = []
     # So many at once stay in a CPU's cache, or fill a GPU.
     for part in classes.to(run.device).split(100 if run.device.type == "cpu" else 1000):
@@ -252,7 +250,7 @@ def sample(run, args):
         images.append(x)
     images = torch.cat(images)
     picture = args.out / "samples.png"
-    write_file(picture, ddpm.encode_png([grid(images, columns)]))
+    write_file(picture, ddpm.encode_png([grid(images, math.ceil(n / rows))]))
     if args.npz:
         y = {"y": np.array(labels)[classes]} if labels else {}
         buffer = io.BytesIO()
@@ -281,12 +279,12 @@ def parse_arguments(argv):
     add("--batch-size", type=int, help="images a step (default: 32, on CUDA 256)")
     add("--lr", type=float, help="highest learning rate of AdamW (default: 0.0025)")
     add("--width", type=int, help="of the U-Net, by eights (default: 32, on CUDA 96)")
-    add("--seed", type=int, help="default: 0")
+    add("--seed", type=int, help="of the training, or of what is drawn (default: 0)")
     add("--schedule", choices=["laplace", "cosine", "linear"],
-        help="of beta (default: laplace; cosine pays for fine texture, photographs)")
+        help="of beta (default: laplace; cosine suits fine texture, photographs)")
     add("--conditional", action="store_true", help="train with labels (default: no)")
-    add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; y_train for "
-        "--conditional, x_test for --evaluate (default: MNIST)")
+    add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; x_test for "
+        "--evaluate; for --conditional y_train, y_test (default: MNIST)")
     add = parser.add_argument
     add("--out", type=Path, default="out", help="folder to write to (default: out)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -317,7 +315,7 @@ def parse_arguments(argv):
 def check_options(args, path, config):
     """Fail if an option does not fit the model in path."""
     fixed = ["batch_size", "width", "schedule", "conditional"]
-    for key in fixed + ["seed"] * args.resume:
+    for key in fixed + (["seed"] if args.resume else []):
         if getattr(args, key, config[key]) != config[key]:
             option = "--" + key.replace("_", "-")
             fail(f"{path} was trained with {option} {config[key]}: leave out {option}")
@@ -338,20 +336,19 @@ def run_program(args):
     best = "cuda" if torch.cuda.is_available() else best
     device = torch.device(best if args.device in ("auto", best) else "cpu")
     if args.device not in ("auto", device.type):
-        print(f"mnist_ddpm: no {args.device} here for it, so the CPU", file=sys.stderr)
+        print(f"mnist_ddpm: no {args.device} for this, so the CPU", file=sys.stderr)
     # On a GPU, too, the same seed is to give the same samples.
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.enable_cudnn_sdp(False)
     if loads:
         run = load_run(path, device)
-        config, settings = run.config, ["data", "lr"]
+        config = run.config
         check_options(args, path, config)
     elif path.exists() and not args.overwrite:
         fail(f"{path} exists: --resume goes on, --overwrite replaces, or another --out")
     else:
         config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
-        settings = list(config)
-    config.update({key: getattr(args, key) for key in settings if key in args})
+    config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
     if args.sample or args.evaluate:
         run.generator.manual_seed(getattr(args, "seed", 0))
         return evaluate(run) if args.evaluate else sample(run, args)
@@ -375,7 +372,7 @@ def main(argv=None):
     warnings.simplefilter("ignore")             # torch warns of foreign checkpoints
     try:
         run_program(parse_arguments(argv))
-        print(end="", flush=True)
+        print(end="", flush=True)               # a full disk shows here
     except OSError as error:
         sys.stdout = None                       # or Python writes to it once more
         fail(f"cannot write: {error}")
