@@ -44,7 +44,7 @@ def fail(message):
 
 
 def write_file(path, data):
-    """Replace a file by these bytes, whole; on an OSError the old one is left whole."""
+    """Replace a file by these bytes, or on an OSError leave it as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -65,8 +65,8 @@ def load_images(config, split, device="cpu"):
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         fail(f"{path}: no .npz of numbers {', '.join(keys)} ({type(error).__name__})")
     x = x[..., None] if x.ndim == 3 else x
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size \
-            or x.shape[1] % 4 or x.shape[2] % 4:
+    fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
+    if not fits or x.shape[1] % 4 or x.shape[2] % 4:
         fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
     x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
     if not y:
@@ -125,7 +125,7 @@ def load_run(path, device):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch knows a dozen for missing, broken, foreign files
-        fail(f"no checkpoint in {path} ({type(error).__name__}): train first")
+        fail(f"no checkpoint in {path} ({type(error).__name__}): train, or see --out")
     return run
 
 
