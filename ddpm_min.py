@@ -4,7 +4,7 @@ Tensors in, tensors out, no files; at the end, a PNG encoder. Equation numbers a
 paper's unless another is named. Index rule: t runs from 1 to T and index 0 is the data,
 so beta_0 = 0 and alpha_bar_0 = 1.
 
-    diffusion = GaussianDiffusion(linear_schedule()).float()
+    diffusion = GaussianDiffusion(linear_schedule())
     model = UNet(channels=1)                 # or any callable model(x_t, t) -> eps
     loss = diffusion.loss(model, x0)         # Algorithm 1, x0 (B, 1, 28, 28) in [-1, 1]
     for x in diffusion.sample(model, (16, 1, 28, 28)):      # Algorithm 2: x_T, ..., x_0
@@ -52,7 +52,7 @@ class GaussianDiffusion(nn.Module):
     Buffers (T+1,): beta, alpha, alpha_bar, one_minus_alpha_bar. t: int64 (B,) in 1..T.
     A model: any callable (x_t, t), or (x_t, t, y) with labels y, that returns eps of
     x_t's shape. ValueError for shapes, dtypes, t that do not fit."""
-    def __init__(self, betas):
+    def __init__(self, betas, dtype=torch.float32):
         super().__init__()
         if betas.dim() != 1 or not len(betas) or not 0 < betas.min() <= betas.max() < 1:
             raise ValueError(f"want betas (T,) inside (0, 1), got {betas.tolist()}")
@@ -64,7 +64,7 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("alpha_bar", log_alpha_bar.exp())
         # Not computed later: 1 - alpha_bar_1 in float32 has three correct digits.
         self.register_buffer("one_minus_alpha_bar", -torch.expm1(log_alpha_bar))
-        self.to(betas.dtype)
+        self.to(dtype)
 
     def _check(self, x, t, other=None):
         """ValueError unless t fits x (B, ...), and so does a tensor beside it."""
@@ -84,8 +84,12 @@ class GaussianDiffusion(nn.Module):
     def _signal_noise(self, x, t, other=None):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of Eq. 4, each (B, 1, ...)."""
         self._check(x, t, other)
-        signal = self._at(self.alpha_bar, t, x).sqrt()
-        noise = self._at(self.one_minus_alpha_bar, t, x).sqrt()
+        return self.signal_noise(t, x)
+
+    def signal_noise(self, t, x):
+        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) of Eq. 4, (B, 1, ...), in x's dtype."""
+        signal = self._at(self.alpha_bar.sqrt(), t, x)
+        noise = self._at(self.one_minus_alpha_bar.sqrt(), t, x)
         return signal, noise
 
     def q_sample(self, x0, t, eps):

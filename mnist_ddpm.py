@@ -87,7 +87,7 @@ class Run:
         torch.manual_seed(config["seed"])               # of the initial weights
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
-        self.diffusion = ddpm.GaussianDiffusion(betas).float().to(device)
+        self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
         model = ddpm.UNet(config["shape"][0], config["width"], len(config["labels"]))
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))

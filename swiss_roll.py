@@ -186,7 +186,7 @@ def train(net, roll, steps, learn_beta, generator, device):
         optimiser.param_groups[0]["lr"] = rate
 
         beta = torch.cat([betas[:1], torch.sigmoid(logits)])
-        diffusion = GaussianDiffusion(beta.float()).to(device)
+        diffusion = GaussianDiffusion(beta).to(device)
         reverse = partial(f_mu_f_sigma, net, diffusion)
         x0 = roll.sample(32, generator).repeat(2, 1).to(device)
         eps = torch.randn(T - 1, 32, 2, generator=generator).to(device)

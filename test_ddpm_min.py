@@ -38,7 +38,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
 
-def seeded(n, device):
+def seeded(n, device="cpu"):
     """The generator of the n-th draw; SEED_OFFSET=1 (2, 3, ...) draws all anew."""
     offset = int(os.environ.get("SEED_OFFSET", "0"))
     return torch.Generator(device).manual_seed(n + offset)
@@ -55,7 +55,7 @@ def symbols(request):
     randn = partial(torch.randn, dtype=torch.float64, device=device)
     draws = seeded(1, device)
     betas = torch.linspace(0.002, 0.3, T, dtype=torch.float64, device=device)
-    diffusion = GaussianDiffusion(betas)
+    diffusion = GaussianDiffusion(betas, torch.float64)
     beta = F.pad(betas, (1, 0))[:, None]
     alpha = 1 - beta
     alpha_bar = torch.cumprod(alpha, 0)
@@ -106,7 +106,7 @@ def test_buffers():
     """beta_0 = 0, alpha_bar_0 = 1; 1 - alpha_bar_1 = 1e-4 keeps its float32 digits."""
     betas = linear_schedule()
 
-    ours = list(GaussianDiffusion(betas.float()).buffers())
+    ours = list(GaussianDiffusion(betas).buffers())
 
     beta = F.pad(betas, (1, 0))
     bar = torch.cumprod(1 - beta, 0)
@@ -252,7 +252,7 @@ def test_decoder(mean, std):
 
 def test_bits_per_dim():
     """Over 200 data sets, (estimate - Eq. 5) / its error has mean 0 and deviation 1."""
-    chain = GaussianDiffusion(beta[1:7, 0])
+    chain = GaussianDiffusion(beta[1:7, 0], torch.float64)
     levels = 127.5 + 40 * randn(200, 400, 2, generator=draws)
     data = levels.round().clamp(0, 255) / 127.5 - 1
     labels = (data[..., 0] > 0) * 20
@@ -327,7 +327,7 @@ def test_times(S):
 
 def sampled(betas, mean, std, **options):
     """4,000 samples by the exact model of data x0 ~ N(mean, std^2)."""
-    chain = GaussianDiffusion(betas.to(device))
+    chain = GaussianDiffusion(betas, torch.float64).to(device)
 
     def model(x_t, t):
         return exact_eps(x_t, chain.alpha_bar[t[0]], mean, std**2)

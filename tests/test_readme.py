@@ -18,7 +18,7 @@ from ddpm_min import GaussianDiffusion, UNet, linear_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RECIPES = ROOT / "README.md", ROOT / "docs" / "recipes.md"
-EXACT = GaussianDiffusion(linear_schedule())
+EXACT = GaussianDiffusion(linear_schedule(), torch.float64)
 MEAN, STD = -0.2, 0.1           # of Gaussian data, whose eps is known exactly
 
 
@@ -140,7 +140,7 @@ def test_img2img_of_a_gaussian():
 def test_inpainting_keeps_the_known_and_fits_the_new_to_it():
     """The model knows images of one grey value: the new half takes that of the old."""
     seed(2)
-    diffusion = GaussianDiffusion(linear_schedule(50, 0.002, 0.4))
+    diffusion = GaussianDiffusion(linear_schedule(50, 0.002, 0.4), torch.float64)
 
     def model(x_t, t):
         grey = x_t.mean(-1, keepdim=True) / diffusion.alpha_bar[t[0]].sqrt()
@@ -214,7 +214,7 @@ def test_vector_and_small_image_reach_the_network():
 def test_latent_diffusion_loses_only_the_small_components():
     """The squared error is the sum of the eigenvalues left out; z has variance 1."""
     seed(7)
-    diffusion = GaussianDiffusion(linear_schedule(20)).float()
+    diffusion = GaussianDiffusion(linear_schedule(20))
     ours = run("Latent diffusion", diffusion=diffusion)
     z = ours.autoencoder.encode(ours.x0)
     flat = (ours.x0 - ours.x0.mean(0)).flatten(1).double()

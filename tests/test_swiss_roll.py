@@ -19,7 +19,7 @@ from swiss_roll import MLP, RBF, SwissRoll, T, bound, draw, f_mu_f_sigma, schedu
 
 BETA = torch.tensor([0.07, 0.2, 0.4, 0.55, 0.3], dtype=torch.float64)
 BAR = torch.tensor([1, 0.93, 0.744, 0.4464, 0.20088, 0.140616], dtype=torch.float64)
-DIFFUSION = GaussianDiffusion(BETA)
+DIFFUSION = GaussianDiffusion(BETA, torch.float64)
 close = partial(assert_close, rtol=0, atol=1e-9)
 
 
@@ -293,7 +293,7 @@ def test_figure_1():
     """Rows q, p, drift; columns t = 0, T/2, T. The strokes of a drift to the right end
     0.35 to the right of the points, 56 pixels a unit."""
     roll = SwissRoll(0.02)
-    diffusion = GaussianDiffusion(schedule(roll.sigma).float())
+    diffusion = GaussianDiffusion(schedule(roll.sigma))
     x0 = roll.sample(700, seed(13))
     states = list(torch.linspace(0.4, 0, T + 1)[:, None, None] + x0)
 
