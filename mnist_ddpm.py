@@ -25,6 +25,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_min as ddpm
+from png import encode_png
+from unet import UNet
 
 DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
             "schedule": "laplace", "conditional": False, "data": None}
@@ -88,7 +90,7 @@ class Run:
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
-        model = ddpm.UNet(config["shape"][0], config["width"], len(config["labels"]))
+        model = UNet(config["shape"][0], config["width"], len(config["labels"]))
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
         self.optimiser = torch.optim.AdamW(
@@ -154,8 +156,8 @@ def draw_pictures(run, out, steps):
     classes = torch.arange(100, device=run.device) * len(run.config["labels"]) // 100
     noise = torch.Generator(run.device).manual_seed(run.config["seed"])
     film = [grid(images, 10) for images in draw(run, classes, noise, steps)]
-    write_file(out / "samples.png", ddpm.encode_png(film[-1:]))
-    write_file(out / "denoising.png", ddpm.encode_png(film[::2] + film[-1:] * 10, 10))
+    write_file(out / "samples.png", encode_png(film[-1:]))
+    write_file(out / "denoising.png", encode_png(film[::2] + film[-1:] * 10, 10))
 
 
 def learning_rate(step, total, peak):
@@ -250,7 +252,7 @@ def sample(run, args):
         images.append(x)
     images = torch.cat(images)
     picture = args.out / "samples.png"
-    write_file(picture, ddpm.encode_png([grid(images, math.ceil(n / rows))]))
+    write_file(picture, encode_png([grid(images, math.ceil(n / rows))]))
     if args.npz:
         y = {"y": np.array(labels)[classes]} if labels else {}
         buffer = io.BytesIO()

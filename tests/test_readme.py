@@ -14,7 +14,8 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 import mnist_ddpm
-from ddpm_min import GaussianDiffusion, UNet, linear_schedule
+from ddpm_min import GaussianDiffusion, linear_schedule
+from unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RECIPES = ROOT / "README.md", ROOT / "docs" / "recipes.md"
