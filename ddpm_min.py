@@ -95,7 +95,8 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"schedule in {self.beta.dtype}: keep it in float32")
 
     def signal_noise(self, t, x):
-        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), (B, 1, ...), in x's dtype."""
+        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), (B, 1, ...), in x's dtype (Eq. 4)."""
+        self._check(t, x=x)
         # Roots first: alpha_bar_T in float16 can be 0.
         signal = self.alpha_bar[t].sqrt()
         noise = self.one_minus_alpha_bar[t].sqrt()
