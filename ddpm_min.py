@@ -165,8 +165,8 @@ class GaussianDiffusion(nn.Module):
         x0_theta = self._x0_theta(model, x_t, t, y, clip)
         mean_p, _ = self.q_posterior(x0_theta, x_t, t)
         mean_q, variance = self.q_posterior(x0, x_t, t.clamp(min=2))
-        kl = gaussian_kl(mean_q, variance, mean_p, variance)            # for t > 1
-        nll = -discretised_log_likelihood(x0, mean_p, variance)         # for t = 1
+        kl = (mean_q - mean_p) ** 2 / (2 * variance)                    # Eq. 8, t > 1
+        nll = -discretised_log_likelihood(x0, mean_p, variance)         # Eq. 13, t = 1
         nats = torch.where(_broadcast(t, x0) == 1, nll, kl)
         return nats.reshape(len(x0), -1).sum(1)
 
