@@ -30,7 +30,8 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, emb):
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
+        emb = self.emb(emb)[:, :, None, None]
+        scale, shift = emb.chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(F.silu(h))
@@ -51,9 +52,9 @@ class UNet(nn.Module):
             raise ValueError(f"want width a multiple of 8, got {width!r:.40}")
         if not isinstance(classes, Integral) or classes < 0:
             raise ValueError(f"want classes an int, 0 or more, got {classes!r:.40}")
-        self.channels = channels
-        self.classes = classes
-        w = width
+        self.channels = channels = int(channels)
+        self.classes = classes = int(classes)
+        w = int(width)
         c_emb = 4 * w
         self.time1 = nn.Linear(64, c_emb)
         self.time2 = nn.Linear(c_emb, c_emb)
@@ -119,4 +120,4 @@ class UNet(nn.Module):
         for name, value in (("t", t), ("y", y)):
             int64 = torch.is_tensor(value) and value.dtype == torch.int64
             if not int64 or value.shape != (B,):
-                raise ValueError(f"want {name} a tensor int64 ({B},)")
+                raise ValueError(f"want {name} int64 ({B},), got {value!r:.60}")

@@ -1,6 +1,6 @@
 """Proofs of what ddpm_min.py has beside the identities in test_ddpm_min.py: schedules,
-whole chains, the decoder's tails, the estimate of the bound, guidance, defaults, and
-what it does at the edge of what it takes."""
+whole chains, the decoder's tails, the estimate of the bound, guidance, and that
+all stays on one device."""
 import math
 from functools import partial
 from itertools import pairwise
@@ -56,18 +56,6 @@ def test_laplace_schedule(options, mu, b):
     cdf = torch.where(z < 0, tail, 1 - tail)
     t = torch.arange(1, 1001).double()
     assert_close(cdf, 1 - t / 1001)
-
-
-@pytest.mark.parametrize("schedule", [linear_schedule, cosine_schedule, laplace_schedule])
-@pytest.mark.parametrize("T", [1, np.int64(2), 1000])
-def test_any_T(schedule, T):
-    """T betas, with which a chain runs from T to 0."""
-    diffusion = GaussianDiffusion(schedule(T))
-
-    states = list(diffusion.sample(same, (1, 1), min(T, 3)))
-
-    assert diffusion.T == T
-    assert len(states) == min(T, 3) + 1 and states[-1].isfinite()
 
 
 def test_gradient_of_betas():
@@ -196,8 +184,8 @@ def sampled(schedule, mean, std, **options):
     def model(x, t):
         return exact_eps(x, chain.alpha_bar[t[0]], mean, std**2)
 
-    states = chain.sample(model, (4000, 1), clip=False, generator=draws_of(1), **options)
-    return list(states)[-1]
+    options = {"clip": False, "generator": draws_of(1), **options}
+    return list(chain.sample(model, (4000, 1), **options))[-1]
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -245,18 +233,6 @@ def test_guidance(s):
     assert_close(ours, x_t.grad)
 
 
-def test_float16():
-    """The roots are taken in float32: alpha_bar_T = 2.4e-9 is no 0, and no NaN."""
-    diffusion = GaussianDiffusion(cosine_schedule())
-    x_t, t = torch.full((2, 3), 0.5).half(), torch.tensor([1, 1000])
-
-    ours = diffusion.predict_eps(x_t, t, diffusion.predict_x0(x_t, t, 0.9 * x_t))
-
-    assert ours.dtype == torch.float16
-    assert_close(ours, 0.9 * x_t, rtol=0.01, atol=0.01)
-    assert diffusion.p_sample(same, x_t, 1000).isfinite().all()
-
-
 def test_everything_on_one_device():
     """Nothing is made on the CPU where x and the schedule are elsewhere."""
     diffusion = GaussianDiffusion(linear_schedule(4)).to("meta")
@@ -269,51 +245,3 @@ def test_everything_on_one_device():
 
     assert all(value.is_meta for value in ours)
     assert [value.shape for value in ours[:4]] == [(), (2,), (2,), (2, 1, 8, 8)]
-
-
-X, T1 = torch.ones(2, 3), torch.ones(2, dtype=torch.int64)
-D = GaussianDiffusion(torch.full((5,), 0.1))
-HALVED = GaussianDiffusion(cosine_schedule()).bfloat16()
-CHAIN_OF_1 = GaussianDiffusion(torch.tensor([0.5]))
-TWO = torch.tensor([1, 1])
-
-
-@pytest.mark.parametrize("name, call, arguments", [
-    ("T", linear_schedule, (0,)), ("T", cosine_schedule, (2.5,)),
-    ("T", laplace_schedule, (TWO,)), ("beta_T", linear_schedule, (9, 0.1, 2.2)),
-    ("s", cosine_schedule, (9, TWO)), ("b", laplace_schedule, (9, 0, 0)),
-    ("mu", laplace_schedule, (9, math.nan)),
-    ("betas", GaussianDiffusion, (0 * X[0],)), ("betas", GaussianDiffusion, (X[0],)),
-    ("betas", GaussianDiffusion, (math.nan * X[0],)),
-    ("betas", GaussianDiffusion, (0.1 * X,)), ("betas", GaussianDiffusion, ([0.1],)),
-    ("betas", GaussianDiffusion, (linear_schedule(50_000),)),   # alpha_bar_T = 0
-    ("t", D.q_sample, (X, 0 * T1, X)), ("t", D.q_sample, (X, 6 * T1, X)),    # T = 5
-    ("t", D.q_sample, (X, T1.int(), X)), ("t", D.q_posterior, (X, X, T1[:1])),
-    ("t", D.predict_x0, (X, 1, X)), ("t", D.score, (same, X, [1, 1])),
-    ("eps", D.predict_x0, (X, T1, X[:, :2])), ("eps", D.q_sample, (X, T1, 0.0)),
-    ("x0", D.predict_eps, (X, T1, X[:1])), ("x0", D.q_posterior, (X[0], X, T1)),
-    ("x0", D.loss, (same, X.byte())), ("x0", D.loss, (same, X[:0])),
-    ("x0", D.loss, (same, X.tolist())), ("x0", D.loss, (same, X[0, 0])),
-    ("x0", D.prior_kl, (np.ones(3),)), ("x0", D.vlb, (same, X.half(), T1)),
-    ("T", CHAIN_OF_1.vlb, (same, X, T1)), ("T", CHAIN_OF_1.bits_per_dim, (same, X)),
-    ("N", D.bits_per_dim, (same, X[:1])), ("x0", D.bits_per_dim, (same, [1, 2])),
-    ("batch_size", D.bits_per_dim, (same, X, None, True, 0)),
-    ("schedule", HALVED.loss, (same, X)), ("schedule", HALVED.p_sample, (same, X, 5)),
-    ("model", D.loss, (lambda x, t: (x, t), X)), ("model", D.score, (lambda x, t: x[:1], X, T1)),
-    ("steps", D.times, (1.5,)), ("steps", D.times, (6,)), ("steps", D.times, (TWO,)),
-    ("t_prev", D.p_sample, (same, X, 2, 2)), ("t", D.p_sample, (same, X, TWO)),
-    ("t", D.p_sample, (same, X, 0)), ("x_t", D.p_sample, (same, X.int(), 2)),
-    ("eta", D.p_sample, (same, X, 2, 1, 1.1)), ("eta", D.p_sample, (same, X, 2, 1, X)),
-    ("s", classifier_free(lambda x, t, y: x, T1, X), (X, T1))])
-def test_refuses(name, call, arguments):
-    """A ValueError, short, that names what does not fit."""
-    with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
-        call(*arguments)
-    assert len(str(error.value)) < 120
-
-
-def test_shapes_that_are_none():
-    """sample wants at least one point, and at least one number in it."""
-    for shape in [(), (0, 3), (3, 0)]:
-        with pytest.raises(ValueError, match="shape"):
-            list(D.sample(same, shape))
