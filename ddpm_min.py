@@ -119,13 +119,13 @@ class GaussianDiffusion(nn.Module):
         """Mean (B, ...), variance (B, 1, ...) of q(x_{t-1} | x_t, x0) (Eqs. 6, 7)."""
         self._check(t, x_t=x_t, x0=x0)
         alpha_bar_prev = self.alpha_bar[t - 1]
-        one_minus_prev = self.one_minus_alpha_bar[t - 1]
-        one_minus = self.one_minus_alpha_bar[t]
-        weight_0 = alpha_bar_prev.sqrt() * self.beta[t] / one_minus
-        weight_t = self.alpha[t].sqrt() * one_minus_prev / one_minus
+        one_minus_alpha_bar_prev = self.one_minus_alpha_bar[t - 1]
+        one_minus_alpha_bar = self.one_minus_alpha_bar[t]
+        weight_0 = alpha_bar_prev.sqrt() * self.beta[t] / one_minus_alpha_bar
+        weight_t = self.alpha[t].sqrt() * one_minus_alpha_bar_prev / one_minus_alpha_bar
+        beta_tilde = one_minus_alpha_bar_prev / one_minus_alpha_bar * self.beta[t]
         mean = _broadcast(weight_0, x0) * x0 + _broadcast(weight_t, x_t) * x_t
-        variance = one_minus_prev / one_minus * self.beta[t]            # beta~_t
-        return mean, _broadcast(variance, x_t)
+        return mean, _broadcast(beta_tilde, x_t)
 
     def predict_x0(self, x_t, t, eps):
         """The x0 (B, ...) that eps implies at x_t (Eq. 15)."""
@@ -146,7 +146,7 @@ class GaussianDiffusion(nn.Module):
         return -_eps_theta(model, x_t, t) / noise
 
     def loss(self, model, x0, y=None, generator=None):
-        """L_simple by Algorithm 1, a scalar: Eq. 14 divided by x0's dimensions.
+        """L_simple by Algorithm 1, a scalar: Eq. 14 over the size of one x0.
         For classifier_free some of y (B,), say a tenth, must be -1, the null label."""
         _check_floats(x0=x0)
         shape, device = x0.shape[:1], x0.device
@@ -172,7 +172,8 @@ class GaussianDiffusion(nn.Module):
         x_t = self.q_sample(x0, t, eps)
         x0_theta = self._x0_theta(model, x_t, t, y, clip)
         mean_p, _ = self.q_posterior(x0_theta, x_t, t)
-        mean_q, variance = self.q_posterior(x0, x_t, t.clamp(min=2))
+        mean_q, _ = self.q_posterior(x0, x_t, t)
+        _, variance = self.q_posterior(x0, x_t, t.clamp(min=2))
         kl = (mean_q - mean_p) ** 2 / (2 * variance)                    # Eq. 8, t > 1
         nll = -discretised_log_likelihood(x0, mean_p, variance)         # Eq. 13, t = 1
         nats = torch.where(_broadcast(t, x0) == 1, nll, kl)
@@ -198,7 +199,7 @@ class GaussianDiffusion(nn.Module):
         _check_numbers(Integral, 1, math.inf, batch_size=batch_size)
         if y is not None and not (torch.is_tensor(y) and len(y) == len(x0)):
             raise ValueError(f"want y ({len(x0)}, ...), got {_told(y)}")
-        # Like L_{t-1} of N(0, I) data: alpha_bar_{t-1} beta_t / (1 - alpha_bar_{t-1}).
+        # In proportion to L_{t-1} of N(0, I) data (docs/derivations.md), for t = 2..T.
         weight = self.alpha_bar[1:-1] * self.beta[2:] / self.one_minus_alpha_bar[1:-1]
         weight = torch.cat([weight[:1], weight])        # t = 1 as often as t = 2
         prob = weight / weight.sum()                    # (T,), of t = 1..T
@@ -214,11 +215,11 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, t_prev=None, eta=1.0, clip=True, generator=None):
         """One reverse step, x_t (B, ...) to x_{t_prev}; ints t_prev < t, default t - 1.
+        The step is DDIM's (Song et al. 2021, Eqs. 12, 16; their alpha is our alpha_bar):
+        eta=0 adds no noise; eta=1, t_prev = t - 1, clip=False is Algorithm 2 with
+        sigma_t^2 = beta~_t (Sec. 3.2's other choice, beta_t, is not offered).
         clip: bring the model's x0 into [-1, 1] (the authors' code).
-        eta=1, clip=False, t_prev = t - 1: Algorithm 2 with sigma_t^2 = beta~_t (the
-        other choice of Sec. 3.2, beta_t, is not offered).
-        eta=0: DDIM, no noise (Song et al. 2021, Eqs. 12, 16; their alpha is our
-        alpha_bar). No gradients; for these compose predict_x0 and q_posterior."""
+        No gradients; for these (eta=1) compose predict_x0 and q_posterior."""
         _check_numbers(Integral, 1, self.T, t=t)
         t_prev = t - 1 if t_prev is None else t_prev
         _check_numbers(Integral, 0, t - 1, t_prev=t_prev)
@@ -228,29 +229,29 @@ class GaussianDiffusion(nn.Module):
         x0 = self._x0_theta(model, x_t, t_batch, None, clip)
         eps = self.predict_eps(x_t, t_batch, x0)                # of the clipped x0
 
-        # Line 4 of Algorithm 2 is the case eta = 1, t_prev = t - 1: this mean is then
-        # that of q_posterior(x0, x_t, t) (Eq. 11), and the variance beta~_t.
+        # eta = 1 and t_prev = t - 1: the mean is that of q_posterior(x0, x_t, t), the
+        # variance beta~_t. So it is line 4 of Algorithm 2, but for clipping (Eq. 11).
         alpha_bar_prev = self.alpha_bar[t_prev]
-        one_minus_prev = self.one_minus_alpha_bar[t_prev]
-        one_minus = self.one_minus_alpha_bar[t]
+        one_minus_alpha_bar_prev = self.one_minus_alpha_bar[t_prev]
         alpha_step = self.alpha_bar[t] / alpha_bar_prev         # alpha_t, if one step
-        variance = eta**2 * (1 - alpha_step) * one_minus_prev / one_minus   # (Eq. 16)^2
-        direction = (one_minus_prev - variance).clamp(min=0).sqrt() * eps
-        mean = alpha_bar_prev.sqrt() * x0 + direction
+        variance = eta**2 * (1 - alpha_step) * one_minus_alpha_bar_prev
+        variance = variance / self.one_minus_alpha_bar[t]       # Song's Eq. 16, squared
+        rest = (one_minus_alpha_bar_prev - variance).clamp(min=0)       # if rounded
+        mean = alpha_bar_prev.sqrt() * x0 + rest.sqrt() * eps
         # At t_prev = 0 the variance is 0: no noise enters x_0.
         z = torch.empty_like(x_t).normal_(generator=generator)
         return mean + variance.sqrt() * z
 
     def times(self, steps=None):
-        """The t of a chain of so many steps (None: T), a list of ints from T to 0.
-        t = T (i / steps)^1.5: between even steps, which keep the shape of digits best,
-        and the square of Song et al. 2021, App. D.2, which keeps texture best
-        (docs/derivations.md has the figures)."""
+        """The t of a chain of so many steps (None: T), a list of ints from T to 0:
+        T (i / steps)^1.5, rounded and at least i, so that all differ. 1.5 is between
+        even steps, which keep the shape of digits best, and the squares of Song et al.
+        2021, App. D.2, which keep texture best (docs/derivations.md)."""
         steps = self.T if steps is None else steps
         _check_numbers(Integral, 1, self.T, steps=steps)
         i = torch.arange(steps, -1, -1)
         t = self.T * (i.double() / steps) ** 1.5
-        return torch.maximum(t.round().long(), i).tolist()              # all distinct
+        return torch.maximum(t.round().long(), i).tolist()
 
     def sample(self, model, shape, steps=None, eta=1.0, clip=True, generator=None):
         """Yield x_T ~ N(0, I), ..., x_0, (B, ...), each a copy, in the schedule's dtype
@@ -279,10 +280,12 @@ def _broadcast(values, x):
 
 
 def gaussian_kl(mean_q, var_q, mean_p, var_p):
-    """KL of N(mean_q, var_q > 0) to N(mean_p, var_p > 0), nats, elementwise (Eq. 8).
-    var_q is a tensor; the others can be numbers."""
+    """KL of N(mean_q, var_q > 0) to N(mean_p, var_p > 0), nats, elementwise (Eq. 8 is
+    the case var_q = var_p). var_q is a tensor; the others can be numbers."""
     log_ratio = torch.log(var_p / var_q)
-    return 0.5 * (log_ratio + (var_q + (mean_q - mean_p) ** 2) / var_p - 1)
+    square = (mean_q - mean_p) ** 2
+    # In this order small squares keep their digits.
+    return 0.5 * (log_ratio + (var_q / var_p - 1) + square / var_p)
 
 
 def discretised_log_likelihood(x0, mean, var):

@@ -26,30 +26,30 @@ randn = partial(torch.randn, dtype=torch.float64, device=DEVICE)
 def seeded(n, device=DEVICE):
     """The generator of the n-th draw; SEED_OFFSET=1 (2, 3, ...) draws all anew."""
     offset = int(os.environ.get("SEED_OFFSET", "0"))
-    return torch.Generator(device).manual_seed(n + offset)
+    return torch.Generator(device).manual_seed(n + 1000 * offset)
 
 
 # The paper's symbols. Row t of beta, alpha, alpha_bar, signal and noise belongs to t,
-# row 0 to the data. t is 1, ..., T, with a row of x0, eps and x_t for each. A generator
-# seeded(1) draws eps again.
+# row 0 to the data. t is 1, ..., T, with a row of x0, eps and x_t for each, images of
+# 2 x 2 pixels. A generator seeded(1) draws eps again.
 T = 50
 betas = torch.linspace(0.002, 0.3, T, dtype=torch.float64, device=DEVICE)
-beta = F.pad(betas, (1, 0))[:, None]
+beta = F.pad(betas, (1, 0)).reshape(T + 1, 1, 1, 1)
 alpha = 1 - beta
 alpha_bar = torch.cumprod(alpha, 0)
 signal = alpha_bar.sqrt()
 noise = (1 - alpha_bar).sqrt()
 t = torch.arange(1, T + 1, device=DEVICE)
-x0 = randn(T, 3, generator=seeded(0)).tanh()
-eps = randn(T, 3, generator=seeded(1))
+x0 = randn(T, 1, 2, 2, generator=seeded(0)).tanh()
+eps = randn(T, 1, 2, 2, generator=seeded(1))
 x_t = signal[t] * x0 + noise[t] * eps
 diffusion = GaussianDiffusion(betas, torch.float64)
 
 
 def some_model(x, n, y=0):
     """Some eps of x at t = n, and y; few identities ask for a good one."""
-    shift = (n + y).double() / T
-    return 0.3 * x + shift[:, None]
+    shift = torch.as_tensor(n + y).double() / T
+    return 0.3 * x + shift.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def q(n, x):
@@ -164,7 +164,7 @@ def test_loss():
     """A model that knows eps and errs by y, here 1, ..., T, has the loss mean y^2."""
     def model(x, n, y):
         true = (x - signal[n] * x0) / noise[n]
-        return true + y[:, None]
+        return true + y.reshape(T, 1, 1, 1)
 
     ours = diffusion.loss(model, x0, t, seeded(2))
 
@@ -172,43 +172,46 @@ def test_loss():
 
 
 def test_loss_draws():
-    """t is uniform on 1, ..., T, eps ~ N(0, 1), so that its CDF is uniform too, and all
-    are independent, within a point and from point to point: correlations are 0."""
+    """t is uniform on 1, ..., T, each part of eps is N(0, 1), so that its CDF is uniform
+    too, and all are independent: within a point, from one to the next, and from the
+    first half to the second."""
     seen = []
 
     def model(x, n):
         seen.extend([n, x / noise[n]])                  # this is eps, as x0 = 0
         return x
 
-    diffusion.loss(model, 0 * x0.repeat(1000, 1), generator=seeded(2))
+    diffusion.loss(model, 0 * x0.repeat(1000, 1, 1, 1), generator=seeded(2))
 
-    times, draws = seen
-    bins = T * Normal(0, 1).cdf(draws[:, 0])
-    counts = torch.stack([times.bincount()[1:], bins.long().bincount()])
-    point = torch.cat([times[:, None], draws], dim=1)
-    next_point = point.roll(1, dims=0)
-    correlation = torch.cat([point, next_point], dim=1).T.corrcoef().triu(1)
-    assert (counts - 1000).abs().max() < 5 * math.sqrt(1000)
-    assert correlation.abs().max() < 5 / math.sqrt(len(point))
+    times, draws = seen[0][:, None], seen[1].flatten(1)
+    cells = T * Normal(0, 1).cdf(draws)
+    cells = torch.cat([times - 1, cells.long()], dim=1)     # (1000 T, 5), all in 0..T-1
+    counts = torch.stack([cell.bincount(minlength=T) for cell in cells.T])
+    chi_square = ((counts - 1000) ** 2 / 1000).sum(1)       # of T - 1 = 49 degrees
+    points = torch.cat([times, draws], dim=1)
+    others = [points.roll(1, dims=0), points.roll(500 * T, dims=0)]
+    correlation = torch.cat([points, *others], dim=1).T.corrcoef().triu(1)
+    assert chi_square.min() > 15 and chi_square.max() < 110     # 1e-6 beyond each
+    assert correlation.abs().max() < 5 / math.sqrt(len(points))
 
 
 def test_bound():
     """E[-log p(x_T) - sum_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1})], Eq. 3, is Eq. 5's
     sum: on the chain's first four steps, from one x0, by 100,000 paths."""
     chain = GaussianDiffusion(betas[:4], torch.float64)
-    x = torch.full((100000, 1), 51 / 255, dtype=torch.float64, device=DEVICE)
+    x = torch.full((100000, 1, 1, 1), 51 / 255, dtype=torch.float64, device=DEVICE)
 
     eq_5 = chain.prior_kl(x)
     for n in range(1, 5):
-        times = torch.full_like(x[:, 0], n).long()
+        times = torch.full((100000,), n, device=DEVICE)
         eq_5 += chain.vlb(some_model, x, times, clip=False, generator=seeded(n))
 
     draws = seeded(5)
     x_prev, eq_3 = x, 0
     for n in range(1, 5):
         step = q_step(n, x_prev)
-        x_n = step.mean + step.stddev * randn(100000, 1, generator=draws)
-        mean = mean_by_eps(n, x_n, 0.3 * x_n + n / T)
+        x_n = step.mean + step.stddev * randn(x.shape, generator=draws)
+        mean = mean_by_eps(n, x_n, some_model(x_n, n))
         p = Normal(mean, beta_tilde(max(n, 2)).sqrt())
         mass = p.cdf(x + HALF) - p.cdf(x - HALF)
         log_p = mass.log() if n == 1 else p.log_prob(x_prev)
@@ -231,7 +234,7 @@ def test_L_t(options):
     model_eps = some_model(x_t, t, t)
     _, model_eps = implied(x_t, t, model_eps, **options)
     oracle = weight * (eps - model_eps) ** 2
-    assert_close(ours[1:], oracle[1:].sum(1))
+    assert_close(ours[1:], oracle[1:].sum((1, 2, 3)))
 
 
 def test_L_0():
@@ -247,10 +250,10 @@ def test_L_0():
 
 def test_L_T():
     """L_T = KL(q(x_T | x0) || N(0, I)), summed over all dimensions."""
-    ours = diffusion.prior_kl(x0.reshape(T, 3, 1))
+    ours = diffusion.prior_kl(x0)
 
     kl = kl_divergence(q(T, x0), Normal(0 * x0, 1))
-    assert_close(ours, kl.sum(1))
+    assert_close(ours, kl.sum((1, 2, 3)))
 
 
 def test_kl():
@@ -269,7 +272,7 @@ def test_algorithm_2(n):
 
     ours = diffusion.p_sample(some_model, x, n, clip=False, generator=seeded(1))
 
-    mean = mean_by_eps(n, x, 0.3 * x + n / T)
+    mean = mean_by_eps(n, x, some_model(x, n))
     assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
 
 
@@ -281,7 +284,7 @@ def test_clip(n):
 
     ours = diffusion.p_sample(some_model, x, n, generator=seeded(1))
 
-    x0_model, _ = implied(x, n, 0.3 * x + n / T)
+    x0_model, _ = implied(x, n, some_model(x, n))
     weight_0 = signal[n - 1] * beta[n] / noise[n] ** 2
     weight_t = alpha[n].sqrt() * noise[n - 1] ** 2 / noise[n] ** 2
     mean = weight_0 * x0_model + weight_t * x
@@ -300,7 +303,7 @@ def test_ddim(n, n_prev, eta, clip):
 
     ratio = alpha_bar[n] / alpha_bar[n_prev]
     sigma = eta * noise[n_prev] / noise[n] * (1 - ratio).sqrt()     # their Eq. 16
-    x0_model, model_eps = implied(x, n, 0.3 * x + n / T, clip)
+    x0_model, model_eps = implied(x, n, some_model(x, n), clip)
     direction = (noise[n_prev] ** 2 - sigma**2).sqrt() * model_eps
     assert_close(ours, signal[n_prev] * x0_model + direction + sigma * eps)
 
@@ -313,7 +316,7 @@ def test_marginals(eta):
         return (x - signal[n] * 0.7) / noise[n]
 
     draws = seeded(3)
-    x = signal[40] * 0.7 + noise[40] * randn(40000, 1, generator=draws)
+    x = signal[40] * 0.7 + noise[40] * randn(40000, 1, 1, 1, generator=draws)
     for n, n_prev in [(40, 21), (21, 5)]:
         x = diffusion.p_sample(model, x, n, n_prev, eta, False, draws)
 
@@ -328,13 +331,13 @@ def test_marginals(eta):
     (7, [50, 40, 30, 22, 14, 8, 3, 0], {"eta": 0.5, "clip": False})])
 def test_sample(steps, times, options):
     """p_sample from x_T ~ N(0, I) on, at t = T (i/S)^1.5, whatever is done to x."""
-    ours, shape = [], (T, 3)
+    ours, shape = [], (T, 1, 2, 2)
     for x in diffusion.sample(some_model, shape, steps, generator=seeded(1), **options):
         ours.append(x.clone())
         x.fill_(9)
 
     again = seeded(1)
-    oracle = [randn(T, 3, generator=again)]
+    oracle = [randn(shape, generator=again)]
     step = partial(diffusion.p_sample, some_model, generator=again, **options)
     for n, n_prev in pairwise(times):
         oracle.append(step(oracle[-1], n, n_prev))

@@ -3,9 +3,10 @@
     model = UNet(channels=3, width=32, classes=10)
     eps = model(x_t, t, y)              # x_t (B, 3, H, W), t and y int64 (B,)
 
-Beside App. B: space-to-depth stands for the finest level, each level has one block on
-the way down, AdaGN scales and shifts where there t's embedding is added, attention sits
-at H/4 only, pixel shuffle resamples upwards, and there is no dropout.
+Beside App. B: space-to-depth stands for the finest level, there is one block a level on
+the way down and one in the middle, AdaGN scales and shifts where t's embedding is added
+there, attention with several heads sits at H/4 only, pixel shuffle resamples upwards,
+norms have 8 groups, and there is no dropout.
 """
 from numbers import Integral
 
