@@ -215,7 +215,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, t_prev=None, eta=1.0, clip=True, generator=None):
         """One reverse step, x_t (B, ...) to x_{t_prev}; ints t_prev < t, default t - 1.
-        The step is DDIM's (Song et al. 2021, Eqs. 12, 16; their alpha is our alpha_bar):
+        The step is DDIM's (Song et al. 2021, Eqs. 12, 16, their alpha our alpha_bar):
         eta=0 adds no noise; eta=1, t_prev = t - 1, clip=False is Algorithm 2 with
         sigma_t^2 = beta~_t (Sec. 3.2's other choice, beta_t, is not offered).
         clip: bring the model's x0 into [-1, 1] (the authors' code).
@@ -236,8 +236,8 @@ class GaussianDiffusion(nn.Module):
         alpha_step = self.alpha_bar[t] / alpha_bar_prev         # alpha_t, if one step
         variance = eta**2 * (1 - alpha_step) * one_minus_alpha_bar_prev
         variance = variance / self.one_minus_alpha_bar[t]       # Song's Eq. 16, squared
-        rest = (one_minus_alpha_bar_prev - variance).clamp(min=0)       # if rounded
-        mean = alpha_bar_prev.sqrt() * x0 + rest.sqrt() * eps
+        direction = (one_minus_alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
+        mean = alpha_bar_prev.sqrt() * x0 + direction
         # At t_prev = 0 the variance is 0: no noise enters x_0.
         z = torch.empty_like(x_t).normal_(generator=generator)
         return mean + variance.sqrt() * z

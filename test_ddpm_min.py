@@ -172,9 +172,9 @@ def test_loss():
 
 
 def test_loss_draws():
-    """t is uniform on 1, ..., T, each part of eps is N(0, 1), so that its CDF is uniform
-    too, and all are independent: within a point, from one to the next, and from the
-    first half to the second."""
+    """t is uniform on 1, ..., T, each part of eps is N(0, 1), so that its CDF is
+    uniform too, and all are independent: within a point, from one to the next, and from
+    the first half to the second."""
     seen = []
 
     def model(x, n):

@@ -33,7 +33,8 @@ class ResBlock(nn.Module):
     def forward(self, x, emb):
         emb = self.emb(emb)[:, :, None, None]
         scale, shift = emb.chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm1(x))
+        h = self.conv1(h)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(F.silu(h))
         return self.shortcut(x) + h
@@ -107,7 +108,8 @@ class UNet(nn.Module):
         h = F.pixel_shuffle(self.up(h), 2)                      # (B, w, H/2, W/2)
         h = self.decode1(torch.cat([h, h1], 1), emb)
         h = self.decode0(torch.cat([h, h0], 1), emb)
-        h = self.out(F.silu(self.norm_out(h)))                  # (B, 4C, H/2, W/2)
+        h = F.silu(self.norm_out(h))
+        h = self.out(h)                                         # (B, 4C, H/2, W/2)
         return F.pixel_shuffle(h, 2).to(x.dtype)                # (B, C, H, W)
 
     def _check(self, x, t, y):
