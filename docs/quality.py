@@ -90,13 +90,13 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path):
-    """The Classifier whose weights lie in the file, for evaluation; or fail."""
+    """The Classifier whose weights lie in the file, channels-last (faster); or fail."""
     classifier = Classifier()
     try:
         classifier.load_state_dict(torch.load(path, weights_only=True))
     except Exception as error:  # torch too knows many
         fail(f"{path}: no weights of this classifier ({type(error).__name__})")
-    return classifier.eval().to(memory_format=torch.channels_last)  # faster on a CPU
+    return classifier.eval().to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
