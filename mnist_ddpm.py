@@ -36,7 +36,7 @@ LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4, at least 8"
 
 
 def say(message, file=None):
-    """Print a line; a full disk or a closed pipe ends nothing."""
+    """Print a line; a full disk, a closed pipe or a missing letter ends nothing."""
     with suppress(OSError, ValueError):
         print(message, file=file, flush=True)
 
@@ -55,33 +55,47 @@ def write_file(path, data):
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_images(config, split):
-    """Images, uint8 (N, C, H, W); indices of labels, int64 (N,), or None; the list of
-    labels that they index: config's, or all that occur. split: "train" or "test"."""
+def could_write(write, *args):
+    """Whether write(*args) worked; an OSError is a line on stderr."""
+    try:
+        write(*args)
+        return True
+    except OSError as error:
+        say(f"mnist_ddpm: cannot write: {error}; tried again later", sys.stderr)
+        return False
+
+
+def load_images(config, split, device="cpu"):
+    """Images, uint8 (N, C, H, W); indices of labels, int64 (N,), or None; facts about
+    them, with the labels indexed: config's, or all that occur. split: train or test."""
     path = config["data"] or str(MNIST)
     keys = [f"x_{split}", f"y_{split}"] if config["conditional"] else [f"x_{split}"]
     try:
         with np.load(path, allow_pickle=False) as file:
-            x, *y = [np.asarray(file[key]) for key in keys]
+            x, y = [np.asarray(file[key]) for key in (keys[0], keys[-1])]
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         fail(f"{path}: no .npz of numbers {', '.join(keys)} ({error!r:.80})")
     x = x[..., None] if x.ndim == 3 else x
     fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
     if not fits or any(side < 8 or side % 4 for side in x.shape[1:3]):
         fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
-    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-    if not y:
-        return x, None, []
-    y = y[0].reshape(-1)
+    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": [], "crc": zlib.crc32(x)}
+    x = torch.from_numpy(x).to(device)
+    if not config["conditional"]:
+        return x, None, facts
+    y = y.reshape(-1)
     labels = config.get("labels") or np.unique(y).tolist()
     if y.dtype.kind not in "iu" or len(y) != len(x) or not np.isin(y, labels).all():
         fail(f"{keys[1]} in {path}: want {len(x)} whole numbers, of {labels[:10]}")
-    return x, torch.from_numpy(np.searchsorted(labels, y)), labels
+    y = np.searchsorted(labels, y)
+    facts.update(labels=labels, crc=zlib.crc32(y, facts["crc"]))
+    return x, torch.from_numpy(y).to(device), facts
 
 
 class Run:
@@ -224,13 +238,16 @@ def train_step(run, x_train, y_train):
 
 def progress(run, loss, steps, seconds, cores):
     """What to say after `steps` steps in `seconds` on so many cores."""
-    total, rate, batch_size = run.config["total"], steps / seconds, run.config["batch_size"]
+    total, batch_size = run.config["total"], run.config["batch_size"]
+    rate = steps / seconds
     line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
             f"step {run.step}/{total}  loss {loss:.4f}  {rate * batch_size:.0f} images/s  "
             f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
-    # Beside another busy program threads wait for each other.
-    if run.device.type == "cpu" and cores < 0.75 * torch.get_num_threads() > 0.75:
-        line += f"\nonly {cores:.1f} cores: OMP_NUM_THREADS=1 and --resume may be faster"
+    # Beside another busy program threads mostly wait for each other.
+    threads = torch.get_num_threads()
+    if run.device.type == "cpu" and threads > 1 and cores < 0.75 * threads:
+        line += (f"\n{threads} threads on {cores:.1f} cores: --resume with "
+                 "OMP_NUM_THREADS=1 may be quicker")
     return line
 
 
@@ -261,13 +278,12 @@ def train(run, x_train, y_train, path):
                 reports += 1
                 cores = (time.process_time() - processor) / seconds
                 say(progress(run, loss, run.step - start, seconds, cores))
-                try:
-                    save_run(path, run, loss)
-                    if reports % 12 == 0:
-                        draw_pictures(run, path.parent, 20)
-                except OSError as error:
-                    say(f"cannot write {error}; training goes on", sys.stderr)
-        save_run(path, run, loss)
+                could_write(save_run, path, run, loss)
+                if reports % 12 == 0:
+                    could_write(draw_pictures, run, path.parent, 20)
+        signals = len(stop)
+        while not could_write(save_run, path, run, loss) and len(stop) == signals:
+            time.sleep(10)                              # one more signal gives up
     if stop:
         fail(f"stopped at step {run.step} of {total}: --resume goes on", 128 + stop[0])
     draw_pictures(run, path.parent, 50)
@@ -299,14 +315,12 @@ def sample(run, args):
 
 def evaluate(run):
     """Print the variational bound on x_test."""
-    x, y, _ = load_images(run.config, "test")
-    if len(x) < 2 or list(x.shape[1:]) != run.config["shape"]:
+    x, y, facts = load_images(run.config, "test", run.device)
+    if len(x) < 2 or facts["shape"] != run.config["shape"]:
         fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
-    x0 = x.to(run.device) / 127.5 - 1
-    y = None if y is None else y.to(run.device)
     model = run.average.module          # in float32, on a GPU too
     bits, error = run.diffusion.bits_per_dim(
-        model, x0, y, clip=True, generator=run.generator)
+        model, x / 127.5 - 1, y, clip=True, generator=run.generator)
     say(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
@@ -320,9 +334,9 @@ def number(kind, low, high, text):
 
 def parse_arguments(argv):
     """The command line as a namespace; a setting of the run is there only if given."""
-    parser = argparse.ArgumentParser(
-        description="Trains a diffusion model on images; draws with it; evaluates it.")
+    parser = argparse.ArgumentParser(description="Diffusion on images.")
     parser.error = fail
+    whole, real = partial(partial, number, int), partial(partial, number, float)
     add = parser.add_argument
     add("--out", type=Path, default="out", help="folder to write to (default: out)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
@@ -331,88 +345,70 @@ def parse_arguments(argv):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--evaluate", action="store_true", help="print the bound on x_test, bits/dim")
-    add("--sample", type=partial(number, int, 1, 10**6), metavar="N",
-        help="draw N images with the model in --out")
+    add("--sample", type=whole(1, 10**6), help="draw so many with --out's model")
     group = parser.add_argument_group("training")
     add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--epochs", type=partial(number, float, 1e-9, 1e6),
-        help="default: 240,000 images' worth, on CUDA 1,800,000")
-    add("--batch-size", type=partial(number, int, 1, 10**6),
-        help="images a step (default: 32, on CUDA 256)")
-    add("--lr", type=partial(number, float, 1e-9, 1e6),
-        help="highest learning rate of AdamW (default: 0.0025)")
-    add("--width", type=int, choices=range(8, 513, 8), metavar="8..512",
-        help="of the U-Net, by eights (default: 32, on CUDA 96)")
-    add("--seed", type=partial(number, int, 0, 2**31),
-        help="also of what is drawn or evaluated (default: 0)")
+    add("--epochs", type=real(1e-9, 1e6), help="default: 240,000 images' worth, "
+        "on CUDA 1,800,000")
+    add("--batch-size", type=whole(1, 10**6), help="default: 32, on CUDA 256")
+    add("--lr", type=real(1e-9, 1e6), help="of AdamW (default: 0.0025)")
+    add("--width", type=whole(8, 10**6), help="by eights (default: 32, CUDA 96)")
+    add("--seed", type=whole(0, 2**31), help="of --sample, too (default: 0)")
     add("--schedule", choices=["laplace", "cosine", "linear"],
         help="of beta (default: laplace; cosine suits fine texture, photographs)")
     add("--conditional", action="store_true", help="train with labels (default: no)")
     add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; x_test for "
         "--evaluate; for --conditional y_train, y_test (default: MNIST)")
     add = parser.add_argument_group("drawing, with --sample").add_argument
-    add("--steps", type=partial(number, int, 1, 1000), default=50, help="default: 50")
-    add("--eta", type=partial(number, float, 0, 1), default=1.0,
-        help="1, the default: DDPM; 0: DDIM")
+    add("--steps", type=whole(1, 1000), default=50, help="default: 50")
+    add("--eta", type=real(0, 1), default=1.0, help="1 (default) DDPM, 0 DDIM")
     add("--label", type=int, help="only this (default: all)")
-    add("--guidance", type=partial(number, float, -100, 100), default=1.0,
-        help="scale s, classifier-free (default: 1)")
+    add("--guidance", type=real(-100, 100), default=1.0, help="s (default: 1)")
     add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
-    return parser.parse_args(argv)
-
-
-def option(name):
-    """The option that is called `name` in the settings."""
-    return "--" + name.replace("_", "-")
-
-
-def check_options(args):
-    """Fail if options contradict each other."""
-    training = ["epochs", "batch_size", "lr", "width", "schedule", "conditional"]
-    for name in training + (["data"] if args.sample else []):
-        if name in args and (args.sample or args.evaluate):
-            fail(f"{option(name)} is for training: leave it out")
+    args = parser.parse_args(argv)
+    if getattr(args, "width", 8) % 8:
+        fail(f"--width {args.width}: want a multiple of 8")
     drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)
     if not args.sample and drawing != (50, 1.0, None, 1.0, None):
         fail("--steps, --eta, --label, --guidance and --npz go with --sample")
-    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()
-                     or args.npz.suffix != ".npz"):
-        fail(f"--npz {args.npz}: want a new .npz file, in a folder that exists")
+    return args
 
 
-def find_device(args):
-    """The torch.device that --device names; auto: CUDA or else the CPU."""
-    cuda = torch.cuda.is_available()
-    if args.device == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    # MPS lacks log_ndtr, which --evaluate needs.
-    mps = torch.backends.mps.is_available() and not args.evaluate
-    if not {"cpu": True, "cuda": cuda, "mps": mps}[args.device]:
-        fail(f"--device {args.device}: there is none, or it cannot do this")
-    return torch.device(args.device)
+def find_device(name):
+    """The torch.device of --device; auto: CUDA or else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is none")
+    return torch.device(name)
 
 
 def open_model(args, path, device):
-    """The Run in path, to sample or evaluate; or fail."""
+    """The Run in path, to sample or evaluate; or fail at an option that does not fit."""
     run = load_run(path, device)
     labels = run.config["labels"]
+    settings = {"epochs", *DEFAULTS} - {"seed", "data" if args.evaluate else "seed"}
+    for name in sorted(settings & vars(args).keys()):
+        fail(f"--{name} is for training: leave it out".replace("_", "-"))
     if not labels and (args.label is not None or args.guidance != 1):
         fail(f"--label, --guidance: {path} was not trained with --conditional")
     if args.label not in (None, *labels):
         fail(f"--label {args.label}: the labels in {path} are {labels}")
+    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()
+                     or args.npz.suffix != ".npz"):
+        fail(f"--npz {args.npz}: want a new .npz file, in a folder that exists")
     run.config["data"] = getattr(args, "data", run.config["data"])
     run.generator.manual_seed(getattr(args, "seed", 0))
     return run
 
 
-def training_data(args, path, config):
-    """load_images, for training; enters what it found, and the steps, into config."""
-    x, y, labels = load_images(config, "train")
-    checksum = zlib.crc32(x.numpy(), 0 if y is None else zlib.crc32(y.numpy()))
-    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": labels, "crc32": checksum}
-    # Only a resumed run has them already, and one of an earlier version no checksum.
+def open_data(args, config, device):
+    """load_images, for training; adds the command line's settings and facts to config."""
+    config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
+    x, y, facts = load_images(config, "train", device)
+    # config has them if the run is resumed; one of an earlier version lacks the checksum.
     if any(config.get(key, value) != value for key, value in facts.items()):
-        fail(f"--data is not what {path} was trained on")
+        fail("--data is not what the model was trained on")
     if config["batch_size"] > len(x):
         fail(f"--batch-size {config['batch_size']} is more than the {len(x)} images")
     images = args.epochs * len(x) if "epochs" in args else config["images"]
@@ -421,14 +417,13 @@ def training_data(args, path, config):
 
 
 def open_new(args, path, device):
-    """A new Run by the command line, and its data; or fail."""
-    for file in (path, args.out / "samples.png", args.out / "denoising.png"):
+    """A new Run, and its data; or fail."""
+    for file in (path, path.with_name("samples.png"), path.with_name("denoising.png")):
         if file.exists() and not args.overwrite:
-            fail(f"{file} exists: --resume goes on with a model.pt, --overwrite replaces "
-                 "it, another --out keeps it")
+            fail(f"{file} exists: --overwrite replaces it, another --out keeps it, "
+                 "--resume goes on with a run")
     config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
-    config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
-    x, y = training_data(args, path, config)
+    x, y = open_data(args, config, device)
     run = Run(config, device)
     if path.exists():
         run.saved_at = path.stat().st_mtime_ns
@@ -436,36 +431,35 @@ def open_new(args, path, device):
 
 
 def open_resumed(args, path, device):
-    """The Run in path, with the settings of the command line, and its data; or fail."""
+    """The Run in path with the command line's settings, and its data; or fail."""
     run = load_run(path, device)
     if run.saved_at is None:
-        fail(f"{path} is only to sample from: --resume lacks the state of training")
-    config = dict(run.config)
-    config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
+        fail(f"{path} is only to sample from: it lacks what --resume needs")
     for key in ("batch_size", "width", "schedule", "conditional", "seed"):
-        if config[key] != run.config[key]:
-            fail(f"{path} was trained with {option(key)} {run.config[key]}: leave out "
-                 f"{option(key)}")
-    x, y = training_data(args, path, config)
+        if getattr(args, key, run.config[key]) != run.config[key]:
+            option = "--" + key.replace("_", "-")
+            fail(f"{path} was trained with {option} {run.config[key]}: leave it out")
+    config = dict(run.config)
+    x, y = open_data(args, config, device)
     if run.step > config["total"]:
         fail(f"--epochs {args.epochs} end before step {run.step}, where {path} is")
     if (config["total"], config["lr"]) != (run.config["total"], run.config["lr"]):
         kept = path.with_name(f"model-{run.step}.pt")
         write_file(kept, path.read_bytes())
-        say(f"kept a copy of {path} as {kept}")
-    # Still with the old settings: is there room? The new ones are saved when they work.
+        say(f"kept {path} as {kept}")
+    # Still with the old settings: is there room? The new are saved once they have worked.
     save_run(path, run, torch.zeros(()))
     run.config = config
     return run, x, y
 
 
 def borrow_settings(undo):
-    """Set what the program wants of Python and torch; `undo` puts it back."""
+    """Set what the program wants of Python and torch, for `undo` to put back."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-    undo.enter_context(warnings.catch_warnings())
     undo.callback(torch.set_default_dtype, torch.get_default_dtype())
     undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
     undo.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
+    undo.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")             # torch warns of foreign checkpoints
     torch.set_default_dtype(torch.float32)
     # On a GPU, too, the same seed is to give the same samples.
@@ -475,16 +469,15 @@ def borrow_settings(undo):
 
 def run_program(args):
     """Sample, evaluate or train, as the command line says."""
-    check_options(args)
-    path, device = args.out / "model.pt", find_device(args)
+    path, device = args.out / "model.pt", find_device(args.device)
     if args.sample:
         sample(open_model(args, path, device), args)
     elif args.evaluate:
         evaluate(open_model(args, path, device))
+    elif args.resume:
+        train(*open_resumed(args, path, device), path)
     else:
-        begin = open_resumed if args.resume else open_new
-        run, x, y = begin(args, path, device)
-        train(run, x.to(device), None if y is None else y.to(device), path)
+        train(*open_new(args, path, device), path)
 
 
 def main(argv=None):
@@ -503,17 +496,12 @@ def main(argv=None):
         sys.exit(130)
 
 
-def flush_output():
-    """Exit code 2 if what was printed cannot be written."""
-    try:
-        print(end="", flush=True)
-    except OSError as error:
-        sys.stdout = None                       # or Python writes to it once more
-        fail(f"standard output: {error}")
-
-
 if __name__ == "__main__":
     try:
         main()
     finally:
-        flush_output()
+        try:
+            print(end="", flush=True)
+        except OSError as error:
+            sys.stdout = None                   # or Python writes to it once more
+            fail(f"standard output: {error}")
