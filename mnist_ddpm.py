@@ -374,15 +374,6 @@ def parse_arguments(argv):
     return args
 
 
-def find_device(name):
-    """The torch.device of --device; auto: CUDA or else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is none")
-    return torch.device(name)
-
-
 def open_model(args, path, device):
     """The Run in path, to sample or evaluate; or fail at an option that does not fit."""
     run = load_run(path, device)
@@ -469,7 +460,10 @@ def borrow_settings(undo):
 
 def run_program(args):
     """Sample, evaluate or train, as the command line says."""
-    path, device = args.out / "model.pt", find_device(args.device)
+    path, auto = args.out / "model.pt", "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if device.type == "cuda" and auto == "cpu":
+        fail("--device cuda: there is none")
     if args.sample:
         sample(open_model(args, path, device), args)
     elif args.evaluate:
