@@ -139,14 +139,14 @@ def save_run(path, run, loss):
         "generator": run.generator.get_state(),
     }, buffer)
     write_file(path, buffer.getvalue())
-    run.saved_at = path.stat().st_mtime_ns
+    run.saved_at = os.stat(path).st_mtime_ns
 
 
 def load_run(path, device):
     """The Run that save_run wrote, on any device, none of its code run; or fail. Config
     and average are enough to sample from: saved_at is then None."""
     try:
-        saved_at = path.stat().st_mtime_ns
+        saved_at = os.stat(path).st_mtime_ns
         state = torch.load(path, map_location="cpu", weights_only=True)
         run = Run(state["config"], device)
         run.average.load_state_dict(state["average"])
@@ -417,7 +417,7 @@ def open_new(args, path, device):
     x, y = open_data(args, config, device)
     run = Run(config, device)
     if path.exists():
-        run.saved_at = path.stat().st_mtime_ns
+        run.saved_at = os.stat(path).st_mtime_ns
     return run, x, y
 
 
