@@ -85,7 +85,8 @@ def load_images(config, split, device="cpu"):
     if not fits or any(side < 8 or side % 4 for side in x.shape[1:3]):
         fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": [], "crc": zlib.crc32(x)}
+    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": []}
+    facts["crc"] = zlib.crc32(x)
     x = torch.from_numpy(x).to(device)
     if not config["conditional"]:
         return x, None, facts
@@ -108,7 +109,8 @@ class Run:
         self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
         with torch.random.fork_rng(devices=[]):         # of the initial weights
             torch.default_generator.manual_seed(config["seed"])
-            model = ddpm.UNet(config["shape"][0], config["width"], len(config["labels"]))
+            classes = len(config["labels"])
+            model = ddpm.UNet(config["shape"][0], config["width"], classes)
         cuda = device.type == "cuda"
         layout = torch.contiguous_format if cuda else torch.channels_last
         self.model = model.to(device, memory_format=layout)
@@ -181,7 +183,7 @@ def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
 
 
 def grid(images):
-    """Images (n, H, W) or (n, H, W, 3) in rows of about sqrt(n); black fills the last."""
+    """Images (n, H, W) or (n, H, W, 3) in rows of ceil(sqrt(n)); black fills up."""
     columns = math.ceil(math.sqrt(len(images)))
     black = images.new_zeros(-len(images) % columns, *images.shape[1:])
     rows = torch.cat([images, black]).split(columns)
@@ -241,7 +243,8 @@ def progress(run, loss, steps, seconds, cores):
     total, batch_size = run.config["total"], run.config["batch_size"]
     rate = steps / seconds
     line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
-            f"step {run.step}/{total}  loss {loss:.4f}  {rate * batch_size:.0f} images/s  "
+            f"step {run.step}/{total}  loss {loss:.4f}  "
+            f"{rate * batch_size:.0f} images/s  "
             f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
     # Beside another busy program threads mostly wait for each other.
     threads = torch.get_num_threads()
@@ -375,7 +378,7 @@ def parse_arguments(argv):
 
 
 def open_model(args, path, device):
-    """The Run in path, to sample or evaluate; or fail at an option that does not fit."""
+    """The Run in path, to sample or evaluate; or fail if an option does not fit."""
     run = load_run(path, device)
     labels = run.config["labels"]
     settings = {"epochs", *DEFAULTS} - {"seed", "data" if args.evaluate else "seed"}
@@ -388,16 +391,17 @@ def open_model(args, path, device):
     if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()
                      or args.npz.suffix != ".npz"):
         fail(f"--npz {args.npz}: want a new .npz file, in a folder that exists")
-    run.config["data"] = getattr(args, "data", run.config["data"])
+    if args.evaluate and "data" in args:
+        run.config["data"] = args.data
     run.generator.manual_seed(getattr(args, "seed", 0))
     return run
 
 
 def open_data(args, config, device):
-    """load_images, for training; adds the command line's settings and facts to config."""
+    """load_images, for training; adds what args say and what the data are to config."""
     config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
     x, y, facts = load_images(config, "train", device)
-    # config has them if the run is resumed; one of an earlier version lacks the checksum.
+    # A resumed run has them already; one of an earlier version lacks the checksum.
     if any(config.get(key, value) != value for key, value in facts.items()):
         fail("--data is not what the model was trained on")
     if config["batch_size"] > len(x):
@@ -438,7 +442,7 @@ def open_resumed(args, path, device):
         kept = path.with_name(f"model-{run.step}.pt")
         write_file(kept, path.read_bytes())
         say(f"kept {path} as {kept}")
-    # Still with the old settings: is there room? The new are saved once they have worked.
+    # Is there room? The old settings, still: new ones are saved once they worked.
     save_run(path, run, torch.zeros(()))
     run.config = config
     return run, x, y

@@ -27,7 +27,8 @@ def data(**arrays):
     """Write d.npz; 64 images, labels 0..9, test images, but for the arrays given."""
     x = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
     y = np.arange(64) % 10
-    np.savez("d.npz", **{"x_train": x, "y_train": y, "x_test": x, "y_test": y, **arrays})
+    default = {"x_train": x, "y_train": y, "x_test": x, "y_test": y}
+    np.savez("d.npz", **{**default, **arrays})
     return ["--data", "d.npz", *SMALL]
 
 
@@ -94,7 +95,7 @@ def test_images_and_labels_of_a_step(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(64, 8, 8), (64, 8, 8, 1), (64, 8, 8, 3)])
 def test_layouts_of_images(shape):
-    """Grey images, with a channel or without, and colour ones: pixels keep their place."""
+    """Grey images, with a channel or without, and colour: pixels keep their place."""
     x = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     data(x_train=x)
 
@@ -129,7 +130,8 @@ def test_only_labels_that_occur(capsys):
     assert state["config"]["labels"] == [5, 905]
     assert state["model"]["label.weight"].shape[0] == 3         # and the null label
     with np.load("x.npz") as file:
-        assert file["x"].shape == (5, 8, 8) and file["y"].tolist() == [5, 5, 5, 905, 905]
+        assert file["x"].shape == (5, 8, 8)
+        assert file["y"].tolist() == [5, 5, 5, 905, 905]
     with np.load("y.npz") as file:
         assert file["y"].tolist() == [905, 905]
     assert "[5, 905]" in line

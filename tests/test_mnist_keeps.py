@@ -22,7 +22,8 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}     # as in this process
 
 def test_resumed_equals_uninterrupted():
     """Two Ctrl-C, SIGTERM, kill -9, each resumed: state and pictures bit for bit."""
-    command = [sys.executable, mnist.__file__, *data(), "--conditional", "--epochs", "30"]
+    command = [sys.executable, mnist.__file__, *data(), "--conditional"]
+    command += ["--epochs", "30"]
     model = Path("b/model.pt")
     codes = []
 
@@ -152,7 +153,7 @@ def test_room_for_two_checkpoints_shows_at_once(monkeypatch, capsys):
     """The second full-size checkpoint, beside the first, is written after one step."""
     monkeypatch.setattr(mnist, "write_file", fail_at([1], mnist.write_file))
 
-    line = refusal(capsys, *data(), "--out", "o")
+    line = refusal(capsys, *data(), "--out", "o", "--epochs", "0.25")
 
     assert "o/model.pt" in line and torch.load("o/model.pt")["step"] == 1
 
