@@ -183,7 +183,7 @@ def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
 
 
 def grid(images):
-    """Images (n, H, W) or (n, H, W, 3) in rows of ceil(sqrt(n)); black fills up."""
+    """Images (n, H, W) or (n, H, W, 3) in rows of ceil(sqrt(n)), filled up in black."""
     columns = math.ceil(math.sqrt(len(images)))
     black = images.new_zeros(-len(images) % columns, *images.shape[1:])
     rows = torch.cat([images, black]).split(columns)
