@@ -9,16 +9,10 @@
 Two cores of an AMD EPYC, 7 minutes: Frechet distance 49 to 56 (two seeds, three draws
 of each; 1,000 real images have 12). On a GPU, and more: docs/experiments.md.
 """
-import argparse
 import io
 import math
 import os
-import signal
-import sys
 import time
-import warnings
-import zlib
-from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,78 +21,16 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_min as ddpm
-from png import encode_png
+from command_line import check_drawing, check_resuming, parse_arguments
+from images import encode_png, grid, load_images
+from program import (check_room, could_write, errors_in_one_line, fail, run_as_process,
+                     say, settings, signals_wait, warn, write_file, write_or_wait)
 from unet import UNet
 
 DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
             "schedule": "laplace", "conditional": False, "data": None}
 CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
-LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4, at least 8"
-
-
-def say(message, file=None):
-    """Print a line; a full disk, a closed pipe or a missing letter ends nothing."""
-    with suppress(OSError, ValueError):
-        print(message, file=file, flush=True)
-
-
-def fail(message, code=2):
-    """End the program with one line on stderr."""
-    say("mnist_ddpm: " + " ".join(message.split()), sys.stderr)
-    sys.exit(code)
-
-
-def write_file(path, data):
-    """Replace a file by these bytes, or on an OSError leave it as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def could_write(write, *args):
-    """Whether write(*args) worked; an OSError is a line on stderr."""
-    try:
-        write(*args)
-        return True
-    except OSError as error:
-        say(f"mnist_ddpm: cannot write: {error}; tried again later", sys.stderr)
-        return False
-
-
-def load_images(config, split, device="cpu"):
-    """Images, uint8 (N, C, H, W); indices of labels, int64 (N,), or None; facts about
-    them, with the labels indexed: config's, or all that occur. split: train or test."""
-    path = config["data"] or str(MNIST)
-    keys = [f"x_{split}", f"y_{split}"] if config["conditional"] else [f"x_{split}"]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x, y = [np.asarray(file[key]) for key in (keys[0], keys[-1])]
-    except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
-        fail(f"{path}: no .npz of numbers {', '.join(keys)} ({error!r:.80})")
-    x = x[..., None] if x.ndim == 3 else x
-    fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
-    if not fits or any(side < 8 or side % 4 for side in x.shape[1:3]):
-        fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
-    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": []}
-    facts["crc"] = zlib.crc32(x)
-    x = torch.from_numpy(x).to(device)
-    if not config["conditional"]:
-        return x, None, facts
-    y = y.reshape(-1)
-    labels = config.get("labels") or np.unique(y).tolist()
-    if y.dtype.kind not in "iu" or len(y) != len(x) or not np.isin(y, labels).all():
-        fail(f"{keys[1]} in {path}: want {len(x)} whole numbers, of {labels[:10]}")
-    y = np.searchsorted(labels, y)
-    facts.update(labels=labels, crc=zlib.crc32(y, facts["crc"]))
-    return x, torch.from_numpy(y).to(device), facts
 
 
 class Run:
@@ -184,14 +116,6 @@ def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
         yield images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
 
 
-def grid(images):
-    """Images (n, H, W) or (n, H, W, 3) in rows of ceil(sqrt(n)), filled up in black."""
-    columns = math.ceil(math.sqrt(len(images)))
-    black = images.new_zeros(-len(images) % columns, *images.shape[1:])
-    rows = torch.cat([images, black]).split(columns)
-    return torch.cat([torch.cat(list(row), 1) for row in rows])
-
-
 def draw_pictures(run, out, steps):
     """Write samples.png, denoising.png: 100 images from one noise, class by class."""
     classes = torch.arange(100, device=run.device) * len(run.config["labels"]) // 100
@@ -256,22 +180,14 @@ def progress(run, loss, steps, seconds, cores):
     return line
 
 
-def remember_signal(stop, number, frame):
-    """A signal handler that appends the signal's number to the list `stop`."""
-    stop.append(number)
-
-
 def train(run, x_train, y_train, path):
     """Train to the last step or a signal; writes path, and pictures beside it."""
-    total, start, stop, reports = run.config["total"], run.step, [], 0
+    total, start, reports = run.config["total"], run.step, 0
     if run.device.type == "cuda":
         capture(run)
     loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
     begin, processor = time.perf_counter(), time.process_time()
-    with ExitStack() as undo:
-        for number in (signal.SIGINT, signal.SIGTERM):  # they wait until all is saved
-            before = signal.signal(number, partial(remember_signal, stop))
-            undo.callback(signal.signal, number, before)
+    with signals_wait() as stop:
         while run.step < total and not stop:
             latest = train_step(run, x_train, y_train)
             loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
@@ -286,9 +202,7 @@ def train(run, x_train, y_train, path):
                 could_write(save_run, path, run, loss)
                 if reports % 12 == 0:
                     could_write(draw_pictures, run, path.parent, 20)
-        signals = len(stop)
-        while not could_write(save_run, path, run, loss) and len(stop) == signals:
-            time.sleep(10)                              # one more signal gives up
+        write_or_wait(stop, save_run, path, run, loss)
     if stop:
         fail(f"stopped at step {run.step} of {total}: --resume goes on", 128 + stop[0])
     draw_pictures(run, path.parent, 50)
@@ -301,6 +215,9 @@ def sample(run, args):
     classes = torch.arange(n) * len(labels) // n        # counts differ by at most one
     if args.label is not None:
         classes = torch.full((n,), labels.index(args.label))
+    picture, size = args.out / "samples.png", n * math.prod(run.config["shape"])
+    for path in filter(None, (args.npz, picture)):
+        check_room(path, size)          # before the work
     images = []
     # So many at once stay in a CPU's cache, or fill a GPU.
     for part in classes.to(run.device).split(100 if run.device.type == "cpu" else 1000):
@@ -314,85 +231,31 @@ def sample(run, args):
         buffer = io.BytesIO()
         np.savez_compressed(buffer, x=images.numpy(), **y)
         write_file(args.npz, buffer.getvalue())
-    write_file(args.out / "samples.png", encode_png([grid(images)]))
-    say(f"wrote {args.out / 'samples.png'}" + (f", {args.npz}" if args.npz else ""))
+    write_file(picture, encode_png([grid(images)]))
+    say(f"wrote {picture}" + (f", {args.npz}" if args.npz else ""))
 
 
 def evaluate(run):
     """Print the variational bound on x_test."""
-    x, y, facts = load_images(run.config, "test", run.device)
+    x, y, facts = load_split(run.config, "test", run.device)
     if len(x) < 2 or facts["shape"] != run.config["shape"]:
         fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
     model = run.average.module          # in float32, on a GPU too
     bits, error = run.diffusion.bits_per_dim(
-        model, x / 127.5 - 1, y, clip=True, generator=run.generator)
+        model, x / 127.5 - 1, y, generator=run.generator)
     say(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
-def number(kind, low, high, text):
-    """An option's text as an int or a float in low..high."""
-    with suppress(ValueError):
-        if low <= kind(text) <= high:
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"{text}: want {kind.__name__} {low}..{high}")
-
-
-def parse_arguments(argv):
-    """The command line as a namespace; a setting of the run is there only if given."""
-    parser = argparse.ArgumentParser(description="Diffusion on images.")
-    parser.error = fail
-    whole, real = partial(partial, number, int), partial(partial, number, float)
-    add = parser.add_argument
-    add("--out", type=Path, default="out", help="folder to write to (default: out)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="what computes (default: auto, which is CUDA or else the CPU)")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--evaluate", action="store_true", help="print the bound on x_test, bits/dim")
-    add("--sample", type=whole(1, 10**6), help="draw so many with --out's model")
-    group = parser.add_argument_group("training")
-    add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--epochs", type=real(1e-9, 1e6), help="default: 240,000 images' worth, "
-        "on CUDA 1,800,000")
-    add("--batch-size", type=whole(1, 10**6), help="default: 32, on CUDA 256")
-    add("--lr", type=real(1e-9, 1e6), help="of AdamW (default: 0.0025)")
-    add("--width", type=whole(8, 10**6), help="by eights (default: 32, CUDA 96)")
-    add("--seed", type=whole(0, 2**31), help="of --sample, too (default: 0)")
-    add("--schedule", choices=["laplace", "cosine", "linear"],
-        help="of beta (default: laplace; cosine suits fine texture, photographs)")
-    add("--conditional", action="store_true", help="train with labels (default: no)")
-    add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; x_test for "
-        "--evaluate; for --conditional y_train, y_test (default: MNIST)")
-    add = parser.add_argument_group("drawing, with --sample").add_argument
-    add("--steps", type=whole(1, 1000), default=50, help="default: 50")
-    add("--eta", type=real(0, 1), default=1.0, help="1 (default) DDPM, 0 DDIM")
-    add("--label", type=int, help="only this (default: all)")
-    add("--guidance", type=real(-100, 100), default=1.0, help="s (default: 1)")
-    add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
-    args = parser.parse_args(argv)
-    if getattr(args, "width", 8) % 8:
-        fail(f"--width {args.width}: want a multiple of 8")
-    drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)
-    if not args.sample and drawing != (50, 1.0, None, 1.0, None):
-        fail("--steps, --eta, --label, --guidance and --npz go with --sample")
-    return args
+def load_split(config, split, device):
+    """load_images of the config's data set."""
+    path, labels = config["data"] or MNIST, config.get("labels")
+    return load_images(path, split, config["conditional"], labels, device)
 
 
 def open_model(args, path, device):
     """The Run in path, to sample or evaluate; or fail if an option does not fit."""
     run = load_run(path, device)
-    labels = run.config["labels"]
-    settings = {"epochs", *DEFAULTS} - {"seed", "data" if args.evaluate else "seed"}
-    for name in sorted(settings & vars(args).keys()):
-        fail(f"--{name} is for training: leave it out".replace("_", "-"))
-    if not labels and (args.label is not None or args.guidance != 1):
-        fail(f"--label, --guidance: {path} was not trained with --conditional")
-    if args.label not in (None, *labels):
-        fail(f"--label {args.label}: the labels in {path} are {labels}")
-    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()
-                     or args.npz.suffix != ".npz"):
-        fail(f"--npz {args.npz}: want a new .npz file, in a folder that exists")
+    check_drawing(args, path, run.config)
     if args.evaluate and "data" in args:
         run.config["data"] = args.data
     run.generator.manual_seed(getattr(args, "seed", 0))
@@ -400,9 +263,9 @@ def open_model(args, path, device):
 
 
 def open_data(args, config, device):
-    """load_images, for training; adds what args say and what the data are to config."""
+    """What to train on; adds what args say and what the data are to config."""
     config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
-    x, y, facts = load_images(config, "train", device)
+    x, y, facts = load_split(config, "train", device)
     # A resumed run has them already; one of an earlier version lacks the checksum.
     if any(config.get(key, value) != value for key, value in facts.items()):
         fail("--data is not what the model was trained on")
@@ -432,10 +295,7 @@ def open_resumed(args, path, device):
     run = load_run(path, device)
     if run.saved_at is None:
         fail(f"{path} is only to sample from: it lacks what --resume needs")
-    for key in ("batch_size", "width", "schedule", "conditional", "seed"):
-        if getattr(args, key, run.config[key]) != run.config[key]:
-            option = "--" + key.replace("_", "-")
-            fail(f"{path} was trained with {option} {run.config[key]}: leave it out")
+    check_resuming(args, path, run.config)
     config = dict(run.config)
     x, y = open_data(args, config, device)
     if run.step > config["total"]:
@@ -450,29 +310,25 @@ def open_resumed(args, path, device):
     return run, x, y
 
 
-def borrow_settings(undo):
-    """Set what the program wants of Python and torch, for `undo` to put back."""
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-    undo.callback(torch.set_default_dtype, torch.get_default_dtype())
-    undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
-    undo.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
-    undo.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")             # torch warns of foreign checkpoints
-    torch.set_default_dtype(torch.float32)
-    # On a GPU, too, the same seed is to give the same samples.
-    cudnn.deterministic = True
-    cuda.enable_cudnn_sdp(False)
+def choose_device(name):
+    """The torch.device of an option; auto is CUDA, and what is not there is the CPU."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        warn(f"no {name} here, so the CPU")
+        name = "cpu"
+    return torch.device(name)
 
 
 def run_program(args):
     """Sample, evaluate or train, as the command line says."""
-    path, auto = args.out / "model.pt", "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
-    if device.type == "cuda" and auto == "cpu":
-        fail("--device cuda: there is none")
+    path, device = args.out / "model.pt", choose_device(args.device)
     if args.sample:
         sample(open_model(args, path, device), args)
     elif args.evaluate:
+        # MPS lacks log_ndtr.
+        device = torch.device("cpu") if device.type == "mps" else device
         evaluate(open_model(args, path, device))
     elif args.resume:
         train(*open_resumed(args, path, device), path)
@@ -482,26 +338,10 @@ def run_program(args):
 
 def main(argv=None):
     """The command line; see the module's docstring. It leaves the process as it was."""
-    try:
-        with ExitStack() as undo:
-            borrow_settings(undo)
-            run_program(parse_arguments(argv))
-    except OSError as error:
-        fail(f"cannot write: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
-            raise
-        fail("memory is full: lower --batch-size or --width, or take fewer images")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    full = "lower --batch-size or --width, or take fewer images"
+    with settings(), errors_in_one_line(if_memory_is_full=full):
+        run_program(parse_arguments(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        try:
-            print(end="", flush=True)
-        except OSError as error:
-            sys.stdout = None                   # or Python writes to it once more
-            fail(f"standard output: {error}")
+    run_as_process(main)

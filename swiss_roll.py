@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm_min import GaussianDiffusion, gaussian_kl
-from png import encode_png
+from images import encode_png
 
 T = 40                                                          # App. D.1.1
 

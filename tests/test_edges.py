@@ -69,6 +69,14 @@ def test_numbers_of_numpy():
     assert ours == bits(batch_size=2, generator=seeded(7, "cpu"))
 
 
+def test_bits_per_dim_clips():
+    """By default, as p_sample does."""
+    def bits(**options):
+        return D.bits_per_dim(same, 9 * X, generator=seeded(8, "cpu"), **options)
+
+    assert bits() == bits(clip=True) != bits(clip=False)
+
+
 def test_compiled_loss():
     """torch.compile takes the loss as one graph."""
     compiled = torch.compile(D.loss, backend="eager", fullgraph=True)

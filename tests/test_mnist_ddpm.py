@@ -99,7 +99,7 @@ def test_layouts_of_images(shape):
     x = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     data(x_train=x)
 
-    images, _, _ = mnist.load_images({"data": "d.npz", "conditional": False}, "train")
+    images, _, _ = mnist.load_images("d.npz", "train")
 
     channels = x.reshape(64, 8, 8, -1).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(images.numpy(), channels)
@@ -159,13 +159,13 @@ def test_grid():
 def test_first_frame_of_denoising_is_the_finished_digits(monkeypatch):
     """Viewers that do not animate show it."""
     films = []
-    encode = ddpm.encode_png
+    encode = mnist.encode_png
 
     def remember(frames, *fps):
         films.append(frames)
         return encode(frames, *fps)
 
-    monkeypatch.setattr(ddpm, "encode_png", remember)
+    monkeypatch.setattr(mnist, "encode_png", remember)
     train("--epochs", "0.125")
 
     (digits,), film = films
@@ -246,7 +246,6 @@ def test_evaluate_prints_the_bound(capsys):
     ("--resume --out pickle", "cannot read pickle/model.pt", {}),
     ("--sample 2 --out foreign", "no checkpoint", {}),
     ("--out foreign", "foreign/samples.png exists", {}),
-    ("--device cuda", "--device cuda", {}),
     ("--out text.npz/o", "text.npz", {}),
     ("--sample 2 --steps 1001", "1..1000", {}),
     ("--sample 2 --steps 50.5", "50.5", {}),
@@ -307,3 +306,12 @@ def test_full_memory_names_the_way_out(monkeypatch, capsys, error):
     line = refusal(capsys, *data())
 
     assert "--batch-size" in line and "--width" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_without_cuda_the_cpu_computes(capsys):
+    """--device cuda is then a line on stderr, and a run on the CPU."""
+    state = train("--epochs", "0.25", "--device", "cuda")
+
+    assert state["step"] == 2
+    assert capsys.readouterr().err == "no cuda here, so the CPU\n"

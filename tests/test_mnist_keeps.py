@@ -15,6 +15,7 @@ import torch
 
 import ddpm_min as ddpm
 import mnist_ddpm as mnist
+import program
 from test_mnist_ddpm import data, folder, raise_error, refusal, train  # noqa: F401
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}     # as in this process
@@ -251,6 +252,24 @@ def test_data_of_the_same_shape_are_told_apart(capsys):
 
     assert "--data" in line
     assert train("--resume", "--epochs", "0.25")["step"] == 2
+
+
+@pytest.mark.parametrize("full", ["o/x.npz", "o/samples.png"])
+def test_room_is_looked_for_before_drawing(monkeypatch, capsys, full):
+    """A place without room for one of the two files ends --sample at once."""
+    train()
+    write = program.write_file
+
+    def write_where_there_is_room(path, data):
+        if str(path).startswith(full):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(program, "write_file", write_where_there_is_room)
+    monkeypatch.setattr(mnist, "draw", None)
+    line = refusal(capsys, "--out", "o", "--sample", "3", "--npz", "o/x.npz")
+
+    assert full in line and ".room" not in line
 
 
 def test_config_and_average_are_enough_to_sample(capsys):

@@ -1,4 +1,4 @@
-"""Proofs of png.py: what it writes is read back, here and by Pillow."""
+"""Proofs of images.py's PNG: what it writes is read back, here and by Pillow."""
 import io
 import struct
 import zlib
@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from png import encode_png
+from images import encode_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
 GREY = PIXELS[..., 0]
