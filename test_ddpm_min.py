@@ -193,6 +193,7 @@ def test_loss_draws():
     correlation = torch.cat([points, *others], dim=1).T.corrcoef().triu(1)
     correlation[1:5, 5:9].fill_diagonal_(0)             # of an eps and its own square
     assert chi_square.min() > 15 and chi_square.max() < 110     # 1e-6 beyond each
+    assert (draws.std() - 1).abs() < 5 / math.sqrt(2 * draws.numel())
     assert correlation.abs().max() < 5 / math.sqrt(len(points))
 
 

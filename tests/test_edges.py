@@ -60,6 +60,14 @@ def test_float16():
     assert diffusion.p_sample(same, x_t, 1000).isfinite().all()
 
 
+def test_prior_kl_in_float32():
+    """alpha_bar_T x0^2, here 2.4e-9, is not lost beside 1."""
+    ours = GaussianDiffusion(cosine_schedule()).prior_kl(X)
+
+    exact = GaussianDiffusion(cosine_schedule(), torch.float64).prior_kl(X.double())
+    assert_close(ours.double(), exact, rtol=1e-3, atol=0)
+
+
 def test_numbers_of_numpy():
     """They are taken for what they are."""
     bits = partial(D.bits_per_dim, same, X)

@@ -10,6 +10,7 @@ from test_ddpm_min import seeded
 from unet import ResBlock, UNet
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SKIPS = {"stem": "decode0", "encode1": "decode1", "encode2": "decode2"}
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
 
@@ -131,13 +132,33 @@ def test_one_small_image():
 
 
 def test_uses_every_weight(device):
-    """Each weight has its part in the output."""
+    """Each weight has its part in the output, and each row of a matrix; of the labels'
+    rows only those that occur."""
     model, (x, t) = random_unet(device), batch(device)
 
     model(x, t, t % 3).square().sum().backward()
 
-    unused = [name for name, p in model.named_parameters() if not p.grad.any()]
-    assert unused == []
+    model.label.weight.grad[0] = 1                      # the null label does not occur
+    for name, weight in model.named_parameters():
+        rows = weight.grad.flatten(1) if weight.dim() > 1 else weight.grad[None]
+        assert rows.any(1).all(), name
+
+
+def test_skip_connections():
+    """Each decoder sees its encoder's output beside what comes from below."""
+    model, (x, t) = random_unet(), batch()
+    seen = {}
+
+    def remember(name, layer, inputs, output):
+        seen[name] = inputs[0], output
+
+    for name, layer in model.named_children():
+        layer.register_forward_hook(partial(remember, name))
+    model(x, t)
+
+    for encoder, decoder in SKIPS.items():
+        (_, skip), (joined, _) = seen[encoder], seen[decoder]
+        assert_close(joined[:, -skip.shape[1]:], skip)
 
 
 def test_bfloat16_network(device):
