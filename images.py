@@ -2,23 +2,27 @@
 import math
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from program import fail
 
+MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
 LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4, at least 8"
 
 
-def load_images(path, split, with_labels=False, labels=None, device="cpu"):
-    """x_train or x_test of an .npz file, as split says: images, uint8 (N, C, H, W), and
-    facts of them, for a config; with labels their indices between the two, int64 (N,),
-    else None. labels: those to be indexed, or None, all that occur. Or fail."""
+def load_images(config, split, device="cpu"):
+    """x_train or x_test, as split says, of the file config["data"], or MNIST: images,
+    uint8 (N, C, H, W); if config["conditional"] their labels' indices, int64 (N,), else
+    None; facts of both, a dict. The labels indexed are config's, or all that occur. A
+    file that does not fit ends the program."""
+    path, with_labels = config["data"] or MNIST, config["conditional"]
     keys = [f"x_{split}", f"y_{split}"] if with_labels else [f"x_{split}"]
     try:
         with np.load(path, allow_pickle=False) as file:
-            x, y = [np.asarray(file[key]) for key in (keys[0], keys[-1])]
+            x, *y = [np.asarray(file[key]) for key in keys]
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         fail(f"{path}: no .npz of numbers {', '.join(keys)} ({error!r:.80})")
     x = x[..., None] if x.ndim == 3 else x
@@ -26,13 +30,14 @@ def load_images(path, split, with_labels=False, labels=None, device="cpu"):
     if not fits or any(side < 8 or side % 4 for side in x.shape[1:3]):
         fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": [], "crc": zlib.crc32(x)}
+    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": []}
+    facts["crc"] = zlib.crc32(x)
     x = torch.from_numpy(x).to(device)
     if not with_labels:
         return x, None, facts
 
-    y = y.reshape(-1)
-    labels = labels or np.unique(y).tolist()
+    y = y[0].reshape(-1)
+    labels = config.get("labels") or np.unique(y).tolist()
     if y.dtype.kind not in "iu" or len(y) != len(x) or not np.isin(y, labels).all():
         fail(f"{keys[1]} in {path}: want {len(x)} whole numbers, of {labels[:10]}")
     y = np.searchsorted(labels, y)
@@ -41,7 +46,7 @@ def load_images(path, split, with_labels=False, labels=None, device="cpu"):
 
 
 def grid(images):
-    """Images (n, H, W) or (n, H, W, 3) in rows of about sqrt(n); black fills the last."""
+    """Images (n, H, W) or (n, H, W, 3) in rows of about sqrt(n); black fills up."""
     columns = math.ceil(math.sqrt(len(images)))
     black = images.new_zeros(-len(images) % columns, *images.shape[1:])
     rows = torch.cat([images, black]).split(columns)
@@ -49,9 +54,9 @@ def grid(images):
 
 
 def encode_png(frames, fps=20):
-    """The bytes of a PNG file (W3C PNG, Third Edition, 2025) of a list of frames, arrays
-    or CPU tensors, uint8 (H, W) or (H, W, 3). Several make an endless animation of fps
-    frames a second, an int. ValueError for other frames, or fps outside 1..65535."""
+    """The bytes of a PNG file (W3C PNG, Third Edition, 2025) of a list of frames,
+    arrays or CPU tensors, uint8 (H, W) or (H, W, 3). Several make an endless animation
+    of fps frames a second. ValueError for other frames, or fps not in 1..65535."""
     if fps not in range(1, 65536):
         raise ValueError(f"want fps in 1..65535, got {fps!r:.40}")
     frames = np.stack(frames)

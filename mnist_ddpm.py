@@ -9,10 +9,12 @@
 Two cores of an AMD EPYC, 7 minutes: Frechet distance 49 to 56 (two seeds, three draws
 of each; 1,000 real images have 12). On a GPU, and more: docs/experiments.md.
 """
+import gc
 import io
 import math
 import os
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -23,21 +25,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ddpm_min as ddpm
 from command_line import check_drawing, check_resuming, parse_arguments
 from images import encode_png, grid, load_images
-from program import (check_room, could_write, errors_in_one_line, fail, run_as_process,
-                     say, settings, signals_wait, warn, write_file, write_or_wait)
+from program import (
+    check_room, checksum, choose_device, could_write, errors_in_one_line, fail, keep,
+    run_as_process, say, settings, signals_wait, write_file, write_or_wait)
 from unet import UNet
 
 DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
             "schedule": "laplace", "conditional": False, "data": None}
 CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
-MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
 
 
 class Run:
     """A training run: its settings, and all that changes as it trains."""
     def __init__(self, config, device):
         self.config, self.device, self.step = config, device, 0
-        self.saved_at = None            # time of the checkpoint that is its own
+        self.own = None                 # checksum of the checkpoint that it may replace
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
@@ -60,11 +62,10 @@ class Run:
 
 
 def save_run(path, run, loss):
-    """Write all that it takes to go on; fail if the loss or a weight is not finite."""
+    """Write all that it takes to go on; fail if the loss or a weight is not finite, or
+    if path is not, or no longer, the run's own: then its state is saved beside."""
     if not all(value.isfinite().all() for value in (loss, *run.model.parameters())):
         fail(f"not finite at step {run.step}: lower --lr (--resume, if {path} exists)")
-    if path.exists() and path.stat().st_mtime_ns != run.saved_at:
-        fail(f"another program has replaced {path}: this one ends at step {run.step}")
     buffer = io.BytesIO()
     torch.save({
         "config": run.config,
@@ -74,29 +75,39 @@ def save_run(path, run, loss):
         "optimiser": run.optimiser.state_dict(),
         "generator": run.generator.get_state(),
     }, buffer)
-    write_file(path, buffer.getvalue())
-    run.saved_at = os.stat(path).st_mtime_ns
+    data = buffer.getvalue()
+    if path.exists() and checksum(path) != run.own:
+        beside = path.with_name(f"model-{os.getpid()}.pt")
+        write_file(beside, data)
+        fail(f"another program has replaced {path}: this one saved {beside}, and ends")
+    write_file(path, data)
+    run.own = zlib.crc32(data)
 
 
 def load_run(path, device):
     """The Run that save_run wrote, on any device, none of its code run; or fail. Config
-    and average are enough to sample from: saved_at is then None."""
+    and average are enough to sample from: run.own is then None."""
+    path = Path(path)
     try:
-        saved_at = os.stat(path).st_mtime_ns
         state = torch.load(path, map_location="cpu", weights_only=True)
         run = Run(state["config"], device)
         run.average.load_state_dict(state["average"])
         if "optimiser" in state:
-            run.saved_at, run.step = saved_at, state["step"]
+            run.own, run.step = checksum(path), state["step"]
             run.model.load_state_dict(state["model"])
             run.optimiser.load_state_dict(state["optimiser"])
-            if len(state["generator"]) == len(run.generator.get_state()):  # same device
+            # Another device cannot take the state: there new numbers are drawn.
+            run.generator.manual_seed(run.config["seed"] + run.step)
+            if len(state["generator"]) == len(run.generator.get_state()):
                 run.generator.set_state(state["generator"])
     except FileNotFoundError:
         fail(f"no checkpoint {path}: train first, or see --out")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch knows a dozen for broken, foreign files
         fail(f"cannot read {path}: {error!r:.80}")
-    # The fused AdamW takes its moments to lie in memory as the weights do.
+    # The fused AdamW takes its moments to lie in memory as the weights do, which are
+    # contiguous on CUDA and channels-last on the CPU.
     for weight, moments in run.optimiser.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(weight).copy_(moments[name])
@@ -132,7 +143,10 @@ def learning_rate(step, total, peak):
 
 
 def capture(run):
-    """Replay run.network as a CUDA graph: a small network waits for its launches."""
+    """Replay run.network as a CUDA graph: a small network waits for its launches. It is
+    run.model then, for training only, with this batch size and these arguments; the
+    average's network, a copy made before, stays as it is."""
+    gc.collect()        # the graph of a run before, if freed later, would disturb this
     x_t = torch.zeros(run.config["batch_size"], *run.config["shape"], device=run.device)
     t = torch.ones(len(x_t), dtype=torch.int64, device=run.device)
     # The arguments that the loss will pass.
@@ -182,29 +196,35 @@ def progress(run, loss, steps, seconds, cores):
 
 def train(run, x_train, y_train, path):
     """Train to the last step or a signal; writes path, and pictures beside it."""
-    total, start, reports = run.config["total"], run.step, 0
+    total, start, reports, saved = run.config["total"], run.step, 0, True
     if run.device.type == "cuda":
         capture(run)
     loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
     begin, processor = time.perf_counter(), time.process_time()
+    due = begin + 10
+    say(f"step {start}/{total}; every 10 s a line, and {path}")
     with signals_wait() as stop:
         while run.step < total and not stop:
             latest = train_step(run, x_train, y_train)
             loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
             if run.step == 1:
                 save_run(path, run, loss)
-                save_run(path, run, loss)       # is there room for one beside another?
-            seconds = time.perf_counter() - begin
-            if seconds > 10 * (reports + 1) or run.step == total:
-                reports += 1
-                cores = (time.process_time() - processor) / seconds
-                say(progress(run, loss, run.step - start, seconds, cores))
+                check_room(path, path.stat().st_size)   # for one beside another
+            now = time.perf_counter()
+            if now > due or run.step == total:
+                cores = (time.process_time() - processor) / (now - begin)
+                say(progress(run, loss, run.step - start, now - begin, cores))
                 could_write(save_run, path, run, loss)
+                reports += 1
                 if reports % 12 == 0:
                     could_write(draw_pictures, run, path.parent, 20)
-        write_or_wait(stop, save_run, path, run, loss)
+                due = time.perf_counter() + 10
+        if run.step > start:
+            saved = write_or_wait(stop, save_run, path, run, loss)
     if stop:
-        fail(f"stopped at step {run.step} of {total}: --resume goes on", 128 + stop[0])
+        lost = "" if saved else ", which could not be saved"
+        fail(f"stopped at step {run.step} of {total}{lost}: --resume goes on from what "
+             f"{path} has", 128 + stop[0])
     draw_pictures(run, path.parent, 50)
     say(f"wrote {path}, samples.png, denoising.png")
 
@@ -217,7 +237,7 @@ def sample(run, args):
         classes = torch.full((n,), labels.index(args.label))
     picture, size = args.out / "samples.png", n * math.prod(run.config["shape"])
     for path in filter(None, (args.npz, picture)):
-        check_room(path, size)          # before the work
+        check_room(path, 2 * size)      # before the work
     images = []
     # So many at once stay in a CPU's cache, or fill a GPU.
     for part in classes.to(run.device).split(100 if run.device.type == "cpu" else 1000):
@@ -227,7 +247,7 @@ def sample(run, args):
         say(f"{sum(map(len, images))} of {n} images")
     images = torch.cat(images)
     if args.npz:
-        y = {"y": np.array(labels)[classes]} if labels else {}
+        y = {"y": np.array(labels)[classes.numpy()]} if labels else {}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, x=images.numpy(), **y)
         write_file(args.npz, buffer.getvalue())
@@ -237,19 +257,13 @@ def sample(run, args):
 
 def evaluate(run):
     """Print the variational bound on x_test."""
-    x, y, facts = load_split(run.config, "test", run.device)
+    x, y, facts = load_images(run.config, "test", run.device)
     if len(x) < 2 or facts["shape"] != run.config["shape"]:
         fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
     model = run.average.module          # in float32, on a GPU too
     bits, error = run.diffusion.bits_per_dim(
         model, x / 127.5 - 1, y, generator=run.generator)
     say(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
-
-
-def load_split(config, split, device):
-    """load_images of the config's data set."""
-    path, labels = config["data"] or MNIST, config.get("labels")
-    return load_images(path, split, config["conditional"], labels, device)
 
 
 def open_model(args, path, device):
@@ -262,13 +276,13 @@ def open_model(args, path, device):
     return run
 
 
-def open_data(args, config, device):
-    """What to train on; adds what args say and what the data are to config."""
+def training_data(args, config, device):
+    """What to train on; adds what args say and what the data are to config. Or fail."""
     config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
-    x, y, facts = load_split(config, "train", device)
+    x, y, facts = load_images(config, "train", device)
     # A resumed run has them already; one of an earlier version lacks the checksum.
     if any(config.get(key, value) != value for key, value in facts.items()):
-        fail("--data is not what the model was trained on")
+        fail("these images are not what the model was trained on: see --data")
     if config["batch_size"] > len(x):
         fail(f"--batch-size {config['batch_size']} is more than the {len(x)} images")
     images = args.epochs * len(x) if "epochs" in args else config["images"]
@@ -276,49 +290,37 @@ def open_data(args, config, device):
     return x, y
 
 
-def open_new(args, path, device):
+def new_run(args, path, device):
     """A new Run, and its data; or fail."""
     for file in (path, path.with_name("samples.png"), path.with_name("denoising.png")):
         if file.exists() and not args.overwrite:
             fail(f"{file} exists: --overwrite replaces it, another --out keeps it, "
                  "--resume goes on with a run")
+    # Read now: what another program writes from now on is not replaced.
+    own = checksum(path) if path.exists() else None
     config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
-    x, y = open_data(args, config, device)
+    x, y = training_data(args, config, device)
     run = Run(config, device)
-    if path.exists():
-        run.saved_at = os.stat(path).st_mtime_ns
+    run.own = own
     return run, x, y
 
 
-def open_resumed(args, path, device):
+def resumed_run(args, path, device):
     """The Run in path with the command line's settings, and its data; or fail."""
     run = load_run(path, device)
-    if run.saved_at is None:
+    if run.own is None:
         fail(f"{path} is only to sample from: it lacks what --resume needs")
     check_resuming(args, path, run.config)
     config = dict(run.config)
-    x, y = open_data(args, config, device)
+    x, y = training_data(args, config, device)
     if run.step > config["total"]:
         fail(f"--epochs {args.epochs} end before step {run.step}, where {path} is")
+    # The rate of a run that goes on otherwise rises again: its model may get worse.
     if (config["total"], config["lr"]) != (run.config["total"], run.config["lr"]):
-        kept = path.with_name(f"model-{run.step}.pt")
-        write_file(kept, path.read_bytes())
-        say(f"kept {path} as {kept}")
-    # Is there room? The old settings, still: new ones are saved once they worked.
-    save_run(path, run, torch.zeros(()))
+        keep(path, run.step)
+    check_room(path, path.stat().st_size)
     run.config = config
     return run, x, y
-
-
-def choose_device(name):
-    """The torch.device of an option; auto is CUDA, and what is not there is the CPU."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        warn(f"no {name} here, so the CPU")
-        name = "cpu"
-    return torch.device(name)
 
 
 def run_program(args):
@@ -331,14 +333,14 @@ def run_program(args):
         device = torch.device("cpu") if device.type == "mps" else device
         evaluate(open_model(args, path, device))
     elif args.resume:
-        train(*open_resumed(args, path, device), path)
+        train(*resumed_run(args, path, device), path)
     else:
-        train(*open_new(args, path, device), path)
+        train(*new_run(args, path, device), path)
 
 
 def main(argv=None):
     """The command line; see the module's docstring. It leaves the process as it was."""
-    full = "lower --batch-size or --width, or take fewer images"
+    full = "training wants a lower --batch-size or --width, drawing --device cpu"
     with settings(), errors_in_one_line(if_memory_is_full=full):
         run_program(parse_arguments(argv))
 

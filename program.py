@@ -3,8 +3,10 @@ that end nothing, files that are whole, signals and settings as they were."""
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
+import zlib
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -37,13 +39,31 @@ def write_file(path, data):
     # With the process's number, as another one may be writing the same file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())     # a power cut leaves the old file or the new
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def checksum(path):
+    """Of the file's content, an int."""
+    return zlib.crc32(path.read_bytes())
+
+
+def keep(path, step):
+    """Copy path to model-STEP.pt beside it, or another name that is free."""
+    kept, n = path.with_name(f"model-{step}.pt"), 1
+    while kept.exists():
+        n += 1
+        kept = path.with_name(f"model-{step}-{n}.pt")
+    write_file(kept, path.read_bytes())
+    say(f"kept {path} as {kept}")
 
 
 def check_room(path, size):
@@ -67,10 +87,25 @@ def could_write(write, *args):
 
 
 def write_or_wait(stop, write, *args):
-    """Try write(*args) until it works, or until one more signal is in the list stop."""
+    """Try write(*args) until it works, or until one more signal is in the list stop.
+    Whether it worked."""
     signals = len(stop)
-    while not could_write(write, *args) and len(stop) == signals:
+    while not could_write(write, *args):
+        if len(stop) > signals:
+            return False
         time.sleep(10)
+    return True
+
+
+def choose_device(name):
+    """The torch.device of an option; auto is CUDA, and what is not there is the CPU."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        warn(f"no {name} here, so the CPU")
+        name = "cpu"
+    return torch.device(name)
 
 
 @contextmanager
@@ -78,12 +113,14 @@ def signals_wait():
     """Yield a list to which Ctrl-C and SIGTERM append their number, and do no more."""
     stop, before = [], {}
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, partial(_remember, stop))
+        # Python gives signals to the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                before[name] = signal.signal(name, partial(_remember, stop))
         yield stop
     finally:
         for name, handler in before.items():
-            signal.signal(name, handler)
+            signal.signal(name, handler or signal.SIG_DFL)
 
 
 def _remember(stop, number, frame):
@@ -92,20 +129,24 @@ def _remember(stop, number, frame):
 
 @contextmanager
 def settings():
-    """Settings of torch and Python for a program's time; afterwards all is as it was."""
+    """Settings of torch and Python for a program's time; then all is as it was."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-    dtype = torch.get_default_dtype()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     deterministic, cudnn_sdp = cudnn.deterministic, cuda.cudnn_sdp_enabled()
     try:
         torch.set_default_dtype(torch.float32)
+        if device.type != "cpu":
+            torch.set_default_device("cpu")
         # On a GPU, too, the same seed is to give the same samples.
         cudnn.deterministic = True
         cuda.enable_cudnn_sdp(False)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")     # torch warns of foreign checkpoints
             yield
     finally:
         torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
         cudnn.deterministic = deterministic
         cuda.enable_cudnn_sdp(cudnn_sdp)
 
@@ -119,10 +160,12 @@ def errors_in_one_line(if_memory_is_full):
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        fail(f"cannot write: {error}")
+        fail(f"cannot read or write: {error}")
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch has a RuntimeError of its allocator, on CUDA a subclass.
-        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
+        # torch has a RuntimeError for a full CPU, and two kinds for a full GPU.
+        text = str(error).lower()
+        full = "out of memory" in text or "allocat" in text
+        if not full and not isinstance(error, MemoryError):
             raise
         fail(f"memory is full: {if_memory_is_full}")
 

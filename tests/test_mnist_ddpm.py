@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ddpm_min as ddpm
+import images
 import mnist_ddpm as mnist
 
 SMALL = ["--width", "8", "--batch-size", "8", "--device", "cpu"]
@@ -73,7 +74,7 @@ def test_paths_after_a_move(monkeypatch, folder):
     mnist.main(["--out", "../o", "--evaluate", "--data", "moved.npz"])
 
     assert state["config"]["data"] == str(folder / "d.npz")
-    assert "data" not in default and mnist.MNIST.is_file()
+    assert "data" not in default and images.MNIST.is_file()
 
 
 def test_images_and_labels_of_a_step(monkeypatch):
@@ -99,10 +100,10 @@ def test_layouts_of_images(shape):
     x = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     data(x_train=x)
 
-    images, _, _ = mnist.load_images("d.npz", "train")
+    pixels, _, _ = mnist.load_images({"data": "d.npz", "conditional": False}, "train")
 
     channels = x.reshape(64, 8, 8, -1).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(images.numpy(), channels)
+    np.testing.assert_array_equal(pixels.numpy(), channels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

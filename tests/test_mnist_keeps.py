@@ -26,17 +26,14 @@ def test_resumed_equals_uninterrupted():
     command = [sys.executable, mnist.__file__, *data(), "--conditional"]
     command += ["--epochs", "30"]
     model = Path("b/model.pt")
+    start = partial(subprocess.Popen, env=ONE_THREAD, stdout=subprocess.PIPE)
     codes = []
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         resume = ["--resume"] if model.exists() else []
-        if resume:
-            os.utime(model, (0, 0))
-        process = subprocess.Popen([*command, "--out", "b", *resume], env=ONE_THREAD)
-        # It writes the checkpoint first when it begins.
-        while not (model.exists() and model.stat().st_mtime > 0):
-            time.sleep(0.01)
-        time.sleep(0.1)
+        process = start([*command, "--out", "b", *resume])
+        process.stdout.readline()               # step 0/240, as it begins
+        time.sleep(0.2)
         process.send_signal(number)
         time.sleep(0.04)
         process.send_signal(number)
@@ -130,7 +127,7 @@ def test_full_disk_keeps_the_old_file(monkeypatch):
     """write_file replaces a file whole or, if the disk is full, not at all."""
     path = Path("f")
     mnist.write_file(path, b"old")
-    monkeypatch.setattr(mnist.os, "replace", partial(raise_error, OSError(28, "full")))
+    monkeypatch.setattr(program.os, "replace", partial(raise_error, OSError(28, "full")))
 
     with pytest.raises(OSError, match="full: 'f'"):
         mnist.write_file(path, b"new")
@@ -152,7 +149,7 @@ def fail_at(calls, function):
 
 def test_room_for_two_checkpoints_shows_at_once(monkeypatch, capsys):
     """The second full-size checkpoint, beside the first, is written after one step."""
-    monkeypatch.setattr(mnist, "write_file", fail_at([1], mnist.write_file))
+    monkeypatch.setattr(program, "write_file", fail_at([0], program.write_file))
 
     line = refusal(capsys, *data(), "--out", "o", "--epochs", "0.25")
 
@@ -163,7 +160,7 @@ def test_training_goes_on_with_a_full_disk(monkeypatch, capsys):
     """Later saves that fail are a warning; the last one waits for room."""
     clock = iter(range(0, 10**6, 200))          # each look at it 200 seconds on
     monkeypatch.setattr(mnist.time, "perf_counter", partial(next, clock))
-    monkeypatch.setattr(mnist, "write_file", fail_at([2, 4, 5], mnist.write_file))
+    monkeypatch.setattr(mnist, "write_file", fail_at([1, 3, 4], mnist.write_file))
     monkeypatch.setattr(mnist.time, "sleep", lambda seconds: None)
 
     state = train("--epochs", "0.25")
@@ -175,7 +172,7 @@ def test_training_goes_on_with_a_full_disk(monkeypatch, capsys):
 
 def test_a_signal_ends_the_wait_for_room(monkeypatch, capsys):
     """What is on the disk stays, and --resume goes on there."""
-    monkeypatch.setattr(mnist, "write_file", fail_at(range(2, 99), mnist.write_file))
+    monkeypatch.setattr(mnist, "write_file", fail_at(range(1, 99), mnist.write_file))
     monkeypatch.setattr(mnist.time, "sleep", lambda _: signal.raise_signal(15))
 
     with pytest.raises(SystemExit) as error:
