@@ -1,10 +1,14 @@
 """Proofs of swiss_roll.py. Equations are those of Sohl-Dickstein et al. 2015. Oracles
 are independent and float64; Monte Carlo estimates have 5 standard errors."""
+import io
 import math
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import partial
 
 import numpy as np
@@ -16,6 +20,7 @@ from torch.testing import assert_close
 import swiss_roll
 from ddpm_min import GaussianDiffusion
 from swiss_roll import MLP, RBF, SwissRoll, T, bound, draw, f_mu_f_sigma, schedule
+from test_ddpm_min import seeded
 
 BETA = torch.tensor([0.07, 0.2, 0.4, 0.55, 0.3], dtype=torch.float64)
 BAR = torch.tensor([1, 0.93, 0.744, 0.4464, 0.20088, 0.140616], dtype=torch.float64)
@@ -23,13 +28,8 @@ DIFFUSION = GaussianDiffusion(BETA, torch.float64)
 close = partial(assert_close, rtol=0, atol=1e-9)
 
 
-def seed(n):
-    offset = int(os.environ.get("SEED_OFFSET", "0"))
-    return torch.Generator().manual_seed(n + offset)
-
-
 def randn(*shape, n):
-    return torch.randn(*shape, dtype=torch.float64, generator=seed(n))
+    return torch.randn(*shape, dtype=torch.float64, generator=seeded(n))
 
 
 def middles(n):
@@ -83,7 +83,7 @@ def test_density_integrates_to_1():
 
 def test_samples_have_the_density():
     """The counts of 200,000 samples in 16 x 16 cells are those that p gives."""
-    x = SwissRoll(1.0).sample(200000, seed(2)).double()
+    x = SwissRoll(1.0).sample(200000, seeded(2)).double()
 
     count, _ = torch.histogramdd(x, [16, 16], range=[-4.0, 4.0, -4.0, 4.0])
 
@@ -189,14 +189,14 @@ def test_f_mu_and_f_sigma():
     close(f_sigma, odds / (1 + odds))
 
 
-@pytest.mark.parametrize("net", [MLP, RBF])
+@pytest.mark.parametrize("net", [MLP(seeded(4)), RBF(SwissRoll(0.02))])
 def test_new_networks_reverse_q_for_standard_normal_data(net):
     """x^{t-1} and x^t are N(0, I), with covariance c = sqrt(1 - beta_t); conditioned on
     x^t the mean is c x^t and the variance 1 - c^2."""
     x = randn(5, 3, 2, n=3)
     t = torch.arange(1, 6)
 
-    mean, variance = f_mu_f_sigma(net(seed(4)).double(), DIFFUSION, x, t)
+    mean, variance = f_mu_f_sigma(net.double(), DIFFUSION, x, t)
 
     c = (1 - BETA).sqrt()[:, None, None]
     close(mean, c * x)
@@ -204,19 +204,35 @@ def test_new_networks_reverse_q_for_standard_normal_data(net):
 
 
 def test_rbf():
-    """The units exp(-|x - c|^2 / 2 w^2) over their mean, and the readout of t."""
-    net = RBF(seed(5)).double().requires_grad_(False)
-    net.log_width.normal_(generator=seed(6))
-    net.readout.normal_(generator=seed(7))
+    """Any readout of the units exp(-|x - c|^2 / 2 w^2) over their sum: of the first
+    eight, plus the others, 50, and minus the others, -500 times."""
+    net = RBF(SwissRoll(0.02)).double().requires_grad_(False)
+    net.width.uniform_(0.2, 0.4, generator=seeded(6))
+    net.readout.normal_(generator=seeded(7))
     x, t = randn(1, 4, 2, n=8), 7
 
     ours = net(x, torch.tensor([t]))
 
-    width = torch.exp(net.log_width)
     distance = torch.cdist(x[0], net.centre)
-    unit = torch.exp(-0.5 * (distance / width) ** 2)
-    mean = unit.mean(1, keepdim=True)
-    close(ours[0], (unit / mean) @ net.readout[t])
+    unit = torch.exp(-0.5 * (distance / net.width) ** 2)
+    share = unit / unit.sum(1, keepdim=True)
+    total, difference = net.readout[t].split(8)
+    readout = torch.cat([50 * total - 500 * difference, 50 * total + 500 * difference])
+    close(ours[0], share @ readout)
+
+
+def test_rbf_starts_beside_the_roll():
+    """In pairs, 0.1 inside and outside of eight points of the curve."""
+    roll = SwissRoll(0.02)
+    inside, outside = RBF(roll).centre.detach().double().split(8)
+
+    curve, _ = fine_roll(100000, 0.02)
+    middle = curve[6250::12500]                         # u = 1/16, 3/16, ...
+    close((inside + outside) / 2, middle, atol=1e-4)
+    for centre in (inside, outside):
+        close(torch.cdist(centre, curve).amin(dim=1), 0.1 * torch.ones(8).double(), atol=1e-3)
+    origin = -torch.tensor([2, 2 / (3 * math.pi)]) / roll.unit
+    assert ((inside - origin).norm(dim=1) < (outside - origin).norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -224,12 +240,12 @@ def test_training(learn):
     """K rises, but not past the ceiling; beta_2..beta_T move if they are to be learned,
     beta_1 never; t = 1 stays the edge step, N(sqrt(1 - beta_1) x^1, beta_1)."""
     roll = SwissRoll(0.3)
-    net = MLP(seed(7))
-    diffusion = swiss_roll.train(net, roll, 60, learn, seed(8), "cpu")
+    net = MLP(seeded(7))
+    diffusion = swiss_roll.train(net, roll, 60, 0.01, learn, seeded(8), "cpu")
 
     reverse = partial(f_mu_f_sigma, net.requires_grad_(False), diffusion)
-    x0 = roll.sample(2000, seed(9))
-    eps = torch.randn(T - 1, 2000, 2, generator=seed(10))
+    x0 = roll.sample(2000, seeded(9))
+    eps = torch.randn(T - 1, 2000, 2, generator=seeded(10))
     K = bound(x0, diffusion, reverse, eps)
     mean, variance = reverse(x0[None], torch.tensor([1]))
 
@@ -244,11 +260,11 @@ def test_training(learn):
 
 def test_training_stops_where_K_is_not_finite():
     """The exit code is 1."""
-    net = MLP(seed(7))
+    net = MLP(seeded(7))
     net.inner.data[:] = math.nan
 
     with pytest.raises(SystemExit, match="1"):
-        swiss_roll.train(net, SwissRoll(0.1), 5, False, seed(8), "cpu")
+        swiss_roll.train(net, SwissRoll(0.1), 5, 0.01, False, seeded(8), "cpu")
 
 
 def test_sample():
@@ -256,9 +272,9 @@ def test_sample():
     def reverse(x, t):
         return 0.3 * x + t, 0.04 * t.double()[:, None, None]
 
-    x = list(swiss_roll.sample(reverse, DIFFUSION, 3, seed(11)))
+    x = list(swiss_roll.sample(reverse, DIFFUSION, 3, seeded(11)))
 
-    draws = seed(11)
+    draws = seeded(11)
     expected = [torch.randn(3, 2, generator=draws).double()]
     for before, t in zip(x, [5, 4, 3, 2, 1]):
         z = torch.randn(3, 2, generator=draws).double()
@@ -294,13 +310,13 @@ def test_figure_1():
     0.35 to the right of the points, 56 pixels a unit."""
     roll = SwissRoll(0.02)
     diffusion = GaussianDiffusion(schedule(roll.sigma))
-    x0 = roll.sample(700, seed(13))
+    x0 = roll.sample(700, seeded(13))
     states = list(torch.linspace(0.4, 0, T + 1)[:, None, None] + x0)
 
     def reverse(x, t):
         return x + torch.tensor([1.0, 0.0]), None
 
-    page = swiss_roll.figure_1(x0, states, diffusion, reverse, roll, seed(14))
+    page = swiss_roll.figure_1(x0, states, diffusion, reverse, roll, seeded(14))
 
     _, u = roll.nearest(x0)
     half = states[T // 2]
@@ -309,6 +325,68 @@ def test_figure_1():
     close(page[:336, :336], draw(x0, u), atol=0)
     close(page[336:672, 336:672], draw(half, u), atol=0)
     close(column.max() / 56, 3 + right, atol=0.05)
+
+
+def run(*argv):
+    """main, by the smallest network, with 500 held-out points."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swiss_roll, "HELD_OUT", 500)
+        swiss_roll.main(["--net", "rbf", "--steps", "1", *map(str, argv)])
+
+
+def own_bits(x0, beta, reverse):
+    """K of points x0 (n, 2), bits (n,), by Bayes: q(x^{t-1} | x^t, x^0) is the product
+    of q(x^{t-1} | x^0) and q(x^t | x^{t-1}), whose precisions add."""
+    bar = torch.cumprod(1 - beta, dim=0)                        # bar[t]; beta[0] is 0
+    entropies = Normal(0, (1 - bar[-1]).sqrt()).entropy()
+    entropies -= Normal(0, beta[1].sqrt()).entropy() + Normal(0, 1.0).entropy()
+    K = 2 * entropies * torch.ones(len(x0), dtype=torch.float64)
+    for t in range(2, T + 1):
+        x_t = bar[t].sqrt() * x0 + (1 - bar[t]).sqrt() * randn(*x0.shape, n=100 + t)
+        prior = 1 / (1 - bar[t - 1])
+        seen = (1 - beta[t]) / beta[t]
+        mean = prior * bar[t - 1].sqrt() * x0 + seen * x_t / (1 - beta[t]).sqrt()
+        q = Normal(mean / (prior + seen), (prior + seen) ** -0.5)
+        f_mu, f_sigma = reverse(x_t[None].float(), torch.tensor([t]))
+        K -= kl_divergence(q, Normal(f_mu[0].double(), f_sigma[0].double().sqrt())).sum(1)
+    return K / math.log(2)
+
+
+def test_what_is_printed(tmp_path, monkeypatch, capsys):
+    """Of a run of a few steps: K, its standard error, L_null, the ceiling and their
+    differences in bits, and the share of samples near the curve, computed again."""
+    train, trained = swiss_roll.train, []
+
+    def spy(net, *rest):
+        trained.append(partial(f_mu_f_sigma, net, train(net, *rest)))
+        return trained[0].args[1]
+
+    monkeypatch.setattr(swiss_roll, "train", spy)
+    swiss_roll.main(["--net", "rbf", "--steps", "40", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    printed = dict(re.findall(r"(\S+)=(-?[\d.]+)", out.splitlines()[-1]))
+    printed = {name: float(value) for name, value in printed.items()}
+    error = float(re.search(r"held out, to \+- ([\d.]+);", out)[1])
+    share = float(re.search(r"samples: ([\d.]+)% within 0.1", out)[1]) / 100
+
+    x0 = SwissRoll(0.02).sample(4000, seeded(20)).double()
+    bits = own_bits(x0, trained[0].args[1].beta.double(), trained[0])
+    *_, samples = swiss_roll.sample(trained[0], trained[0].args[1], 4000, seeded(21))
+    curve, sigma = fine_roll(20000, 0.02)
+    near = torch.cdist(samples.double(), curve).amin(dim=1) < 0.1
+    near = near.double()
+    entropy = (20000 * curve.diff(dim=0).norm(dim=1)).log().mean()
+    ceiling = -(entropy + Normal(0, sigma).entropy()) / math.log(2)
+    null = 2 * Normal(0, 1.0).log_prob(torch.tensor(1.0)).item() / math.log(2)
+
+    close(printed["K"], bits.mean().item(), atol=5 * bits.std().item() / math.sqrt(4000))
+    close(error, bits.std().item() / math.sqrt(100000), atol=0.0015)
+    close(share, near.mean().item(), atol=5 * near.std().item() * math.sqrt(1.4 / 4000))
+    close(printed["L_null"], null, atol=6e-4)
+    close(printed["K-L_null"], printed["K"] - null, atol=1.1e-3)
+    close(printed["ceiling"], ceiling.item(), atol=6e-4)
+    close(printed["gap"], ceiling.item() - printed["K"], atol=1.1e-3)
+    assert 0.003 < error < 0.03 and 0.01 < share < 0.99
 
 
 @pytest.mark.parametrize("option, value, says", [
@@ -324,13 +402,100 @@ def test_bad_values_get_one_line_and_code_2(option, value, says, capsys):
     assert error.count("\n") == 1 and says in error
 
 
-def test_a_bad_out_is_noticed_before_the_training(tmp_path, monkeypatch):
-    """A file where the folder should be."""
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize("why", ["a file in its place", "a folder of the name", "full"])
+def test_a_bad_out_is_refused_before_the_training(why, tmp_path, monkeypatch, capsys):
+    """With one line that names the place, and code 2."""
+    out = tmp_path / "out"
+    if why == "a file in its place":
+        out.write_text("")
+    if why == "a folder of the name":
+        (out / "swiss_roll.png").mkdir(parents=True)
+    if why == "full":
+        monkeypatch.setattr(tempfile, "TemporaryFile", full_disk)
     monkeypatch.setattr(swiss_roll, "train", None)
 
-    with pytest.raises(OSError):
-        swiss_roll.main(["--out", str(tmp_path / "file" / "folder")])
+    with pytest.raises(SystemExit, match="2"):
+        swiss_roll.main(["--out", str(out)])
+
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(out) in error
+
+
+def full_disk(dir):
+    return open("/dev/full", "wb")
+
+
+def test_a_picture_that_cannot_be_written_costs_only_itself(tmp_path, monkeypatch, capsys):
+    """Here a folder takes its place while the network trains: K is printed, one line
+    names the picture, the code is 2, and nothing half-written stays."""
+    def train(net, roll, *rest):
+        (tmp_path / "swiss_roll.png").mkdir()
+        return GaussianDiffusion(schedule(roll.sigma))
+
+    monkeypatch.setattr(swiss_roll, "train", train)
+    with pytest.raises(SystemExit, match="2"):
+        run("--out", tmp_path)
+
+    out, error = capsys.readouterr()
+    assert "K=" in out
+    assert error.count("\n") == 1 and str(tmp_path / "swiss_roll.png") in error
+    assert os.listdir(tmp_path) == ["swiss_roll.png"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_main_leaves_nothing_behind(dtype, tmp_path, monkeypatch, capsys):
+    """It computes in float32 whatever the default dtype, which stays; so do the threads,
+    standard output and the signals' handlers."""
+    run("--out", tmp_path / "float32")
+    expected = capsys.readouterr().out
+    before = sys.stdout, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(torch, "set_num_threads", None)         # nobody calls it
+    torch.set_default_dtype(dtype)
+    try:
+        run("--out", tmp_path / "other")
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert (sys.stdout, signal.getsignal(signal.SIGINT)) == before
+    assert without_times(capsys.readouterr().out) == without_times(expected)
+
+
+def without_times(text):
+    return re.sub(r"\d+ s\n", "", text)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_main_leaves_nothing_behind(error, tmp_path, monkeypatch):
+    """A notebook gets the exception, and keeps its standard output."""
+    def train(*args):
+        raise error
+
+    monkeypatch.setattr(swiss_roll, "train", train)
+    before = sys.stdout
+    with pytest.raises(error):
+        run("--out", tmp_path)
+
+    assert sys.stdout is before
+    assert os.listdir(tmp_path) == []
+
+
+class FullStream(io.StringIO):
+    """A standard output on a full disk."""
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_run_in_a_notebook_keeps_its_standard_output(tmp_path, monkeypatch, capsys):
+    """Also where the whole file is run in the process (%run), and printing fails."""
+    stream = FullStream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["swiss_roll.py", "--steps", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(swiss_roll.__file__, run_name="__main__")
+
+    assert sys.stdout is stream
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("stop, code", [("interrupt", 130), ("closed pipe", 2)])
