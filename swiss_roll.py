@@ -10,7 +10,6 @@ is not given. Draws Figure 1, out/swiss_roll.png. Equations are the 2015 paper's
 import argparse
 import math
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ddpm_min import GaussianDiffusion, encode_png, gaussian_kl
 
 T = 40                                                          # App. D.1.1
 HELD_OUT = 100_000                                              # points, for K
+normal = partial(torch.randn, dtype=torch.float32)              # of any default dtype
 
 
 def schedule(sigma, edge=0.001, alpha_bar_T=0.01):
@@ -42,7 +42,7 @@ def schedule(sigma, edge=0.001, alpha_bar_T=0.01):
 
 
 def bound(x0, diffusion, reverse, eps):
-    """K of each of n points, nats (n,); their mean is (Eq. 14)
+    """K of each of n points, nats (n,), whose mean is (Eq. 14)
     K = -sum_{t>=2} E KL(q(x^{t-1} | x^t, x^0) || p(x^{t-1} | x^t))
         + H_q(X^T | X^0) - H_q(X^1 | X^0) - H_p(X^T).
     x0 (n, d) with mean variance 1; eps ~ N(0, I), (T-1, n, d), gives x^2..x^T.
@@ -74,33 +74,22 @@ def f_mu_f_sigma(net, diffusion, x_t, t):
     return f_mu, f_sigma
 
 
-def normal(*shape, generator):
-    """Draws of N(0, 1), float32 also where torch's default dtype is another."""
-    return torch.randn(*shape, generator=generator, dtype=torch.float32)
-
-
 class RBF(nn.Module):
     """App. D.1.1: 16 normalised radial basis functions for all steps, and a readout for
-    each step. x (S, n, 2), t (S,) -> (S, n, 4). Starts in 8 pairs along the roll, of
-    which one is 0.1 inside and one 0.1 outside of it."""
+    each step. x (S, n, 2), t (S,) -> (S, n, 4). Centres start in pairs along the roll,
+    inside and outside of it: a pair's difference tells the distance from it."""
     def __init__(self, roll):
         super().__init__()
-        u = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
-        along = F.normalize(roll.curve(u + 0.001) - roll.curve(u))
-        across = 0.1 * torch.stack([along[:, 1], -along[:, 0]], dim=1)
-        centre = torch.cat([roll.curve(u) - across, roll.curve(u) + across])
-        self.centre = nn.Parameter(centre.float())
+        self.rate = 0.003                                       # for train
+        x = roll.curve((torch.arange(8, dtype=torch.float32) + 0.5) / 8)
+        self.centre = nn.Parameter(torch.cat([0.9 * x, 1.1 * x]))
         self.width = nn.Parameter(torch.full((16,), 0.3, dtype=torch.float32))
         self.readout = nn.Parameter(torch.zeros(T + 1, 16, 4, dtype=torch.float32))
 
     def forward(self, x, t):
-        difference = x[:, :, None] - self.centre                # (S, n, 16, 2)
-        square = difference.square().sum(3)
-        unit = torch.softmax(-square / (2 * self.width**2), dim=2)
-        inside, outside = unit.chunk(2, dim=2)                  # (S, n, 8) each
-        # The readouts are those of sums and differences, which tell the place along the
-        # roll and the distance from it. Factors make up for Adam's steps of one size.
-        basis = torch.cat([50 * (inside + outside), 500 * (outside - inside)], dim=2)
+        square = (x[:, :, None] - self.centre).square().sum(3)  # (S, n, 16)
+        # Of mean 10, as Adam's steps are of one size and readouts have a longer way.
+        basis = 160 * torch.softmax(-square / (2 * self.width**2), dim=2)
         return torch.bmm(basis, self.readout[t])                # (S, n, 4)
 
 
@@ -109,6 +98,7 @@ class MLP(nn.Module):
     each step phases and a readout. x (S, n, 2), t (S,) -> (S, n, 4)."""
     def __init__(self, generator=None):
         super().__init__()
+        self.rate = 0.01                                        # for train
         self.frequency = nn.Parameter(2 * normal(64, 2, generator=generator))
         phase = normal(64, generator=generator)
         self.phase = nn.Parameter(phase.repeat(T + 1, 1, 1))
@@ -125,10 +115,11 @@ class MLP(nn.Module):
         return torch.bmm(h, self.readout[t]) + self.readout_bias[t]     # (S, n, 4)
 
 
-def train(net, roll, steps, rate, learn_beta, generator, device):
+def train(net, roll, steps, learn_beta, generator):
     """Maximise K by Adam; an update sees 32 fresh points, at all t, with eps and -eps.
     Changes net, prints, returns the GaussianDiffusion, on the CPU. learn_beta: beta_2
     to beta_T too, eps frozen (Sec. 2.4.1). SystemExit with 1 where K is not finite."""
+    device = net.readout.device
     betas = schedule(roll.sigma)
     logits = torch.logit(betas[1:]).requires_grad_(learn_beta)
     optimiser = torch.optim.Adam([*net.parameters(), logits], betas=(0.9, 0.99))
@@ -137,7 +128,7 @@ def train(net, roll, steps, rate, learn_beta, generator, device):
     bits = []
     for step in range(1, steps + 1):
         decay = (1 - (step - 1) / steps) ** 2
-        optimiser.param_groups[0]["lr"] = rate * min(1, step / 100) * decay
+        optimiser.param_groups[0]["lr"] = net.rate * min(1, step / 100) * decay
 
         beta = torch.cat([betas[:1], torch.sigmoid(logits)])
         diffusion = GaussianDiffusion(beta).to(device)
@@ -154,7 +145,8 @@ def train(net, roll, steps, rate, learn_beta, generator, device):
         if not math.isfinite(bits[-1]):
             fail(f"K is {bits[-1]} at step {step}: stopped", 1)
         if step % every == 0:
-            mean, seconds = np.mean(bits[-every:]), time.time() - start
+            mean = np.mean(bits[-every:])
+            seconds = time.time() - start
             print(f"{step}/{steps}: K {mean:.3f} bits, {seconds:.0f} s", flush=True)
     return GaussianDiffusion(diffusion.beta[1:].detach().cpu())
 
@@ -167,8 +159,7 @@ def sample(reverse, diffusion, n, generator=None):
     yield x
     for t in range(diffusion.T, 0, -1):
         mean, variance = reverse(x[None], torch.tensor([t]))    # (1, n, 2)
-        z = normal(n, 2, generator=generator).to(x)
-        x = mean[0] + variance[0].sqrt() * z
+        x = mean[0] + variance[0].sqrt() * normal(n, 2, generator=generator)
         yield x
 
 
@@ -177,8 +168,6 @@ class SwissRoll:
     noise of this standard deviation (turns are 2 pi apart); centred, divided by unit:
     the mean variance of x and y is then 1 (Table 1), that of the noise sigma^2."""
     def __init__(self, noise):
-        if not 0 < noise < math.inf:
-            raise ValueError(f"noise must be positive and finite, got {noise}")
         theta_square = 39 / 4 * math.pi**2                      # its mean
         centre_square = 2**2 + (2 / (3 * math.pi)) ** 2
         self.unit = math.sqrt((theta_square - centre_square) / 2 + noise**2)
@@ -230,13 +219,12 @@ def draw(x, u, size=336):
     """uint8 (size, size, 3): dots at x (n, 2) in a window of +-3, coloured by u (n,)."""
     rgb = 0.5 + 0.45 * np.cos(4.5 * u.numpy() - [[3.2], [4.6], [1.2]])
     row, column = -x[:, 1].numpy(), x[:, 0].numpy()
-    window = [-3, 3], [-3, 3]
-    layers = []
-    for weight in (np.ones(len(x)), *rgb):
-        layer, _, _ = np.histogram2d(row, column, size, window, weights=weight)
-        layers.append(torch.from_numpy(layer))
+    grid = partial(np.histogram2d, row, column, size, [[-3, 3], [-3, 3]])
+    cover, _, _ = grid()
+    colour = [grid(weights=weight)[0] for weight in rgb]
+    layers = torch.tensor(np.stack([cover, *colour]))
     # Means over 3 x 3 pixels make dots of points.
-    layers = F.avg_pool2d(torch.stack(layers), 3, stride=1, padding=1)
+    layers = F.avg_pool2d(layers, 3, stride=1, padding=1)
     cover, colour = layers[:1], layers[1:]
     opacity = 1 - torch.exp(-12 * cover)
     page = 1 - opacity * (1 - colour / cover.clamp(min=1e-9))
@@ -245,8 +233,8 @@ def draw(x, u, size=336):
 
 def figure_1(x0, states, diffusion, reverse, roll, generator=None):
     """uint8 (H, W, 3). Rows: q, p, drift f_mu(x, t) - x at 700 points of p. Columns:
-    t = 0 (drift: 2, the last learned), T/2, T. Colour: where on the roll a point starts
-    (q), ends (p). x0 and each of states: (n, 2), n >= 700."""
+    t = 0 (drift: 2), T/2, T. Colour: where on the roll a point starts (q), ends (p). x0
+    and each of states: (n, 2), n >= 700."""
     _, start = roll.nearest(x0)
     _, end = roll.nearest(states[-1])
     eps = normal(*x0.shape, generator=generator)
@@ -275,24 +263,14 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def check_room(path):
-    """Make path's folder. Exit with 2 unless a picture can be written at path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as probe:
-            probe.write(bytes(2**22))
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
-    if path.is_dir():
-        fail(f"cannot write {path}: a folder of that name is there")
-
-
-def write_file(path, data):
-    """The bytes data to path, whole or not at all; OSError."""
+def write_picture(path, png):
+    """The bytes png to path, whole or not at all; exit with 2 if not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
+        temporary.write_bytes(png)
         temporary.replace(path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -321,16 +299,15 @@ def parse_arguments(argv=None):
     add("--noise", type=float, default=0.02, help="of the roll (default: 0.02)")
     add("--learn-beta", action="store_true", help="learn beta_2..beta_T as well")
     add("--seed", type=int, default=0, help="same seed, same K (default: 0)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: the CPU. Not run on cuda, where steps this small wait for launches")
+    devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+    add("--device", choices=devices, default="auto",
+        help="auto (default): the CPU. Never run on cuda: steps are too small to gain")
     add("--out", type=Path, default="out", help="folder of the pictures (default: out)")
     args = parser.parse_args(argv)
     if args.steps is None:
         args.steps = 15000 if args.net == "mlp" else 60000
     if args.steps < 1 or not 0 <= args.seed < 2**63 or not 0.001 <= args.noise <= 10:
         fail("want --steps above 0, --seed in 0..2^63 - 1, --noise in 0.001..10")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("no cuda here: give --device cpu")
     return args
 
 
@@ -338,14 +315,18 @@ def main(argv=None):
     """Train, measure, draw."""
     args = parse_arguments(argv)
     path = args.out / "swiss_roll.png"
-    check_room(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        fail(f"cannot write {path}: a folder of that name is there")
+    trial = path.with_suffix(".trial")
+    write_picture(trial, bytes(2**22))          # is there room, before the work?
+    trial.unlink()
 
     generator = torch.Generator().manual_seed(args.seed)
     roll = SwissRoll(args.noise)
     net = RBF(roll) if args.net == "rbf" else MLP(generator)
-    rate = 0.003 if args.net == "rbf" else 0.01
-    device = "cuda" if args.device == "cuda" else "cpu"
-    diffusion = train(net.to(device), roll, args.steps, rate, args.learn_beta, generator, device)
+    net.to("cuda" if args.device == "cuda" else "cpu")
+    diffusion = train(net, roll, args.steps, args.learn_beta, generator)
     reverse = partial(f_mu_f_sigma, net.cpu().requires_grad_(False), diffusion)
 
     x0 = roll.sample(HELD_OUT, generator)
@@ -357,10 +338,7 @@ def main(argv=None):
     report(torch.cat(nats) / math.log(2), states[-1], roll)
 
     page = figure_1(x0[:10000], states, diffusion, reverse, roll, generator)
-    try:
-        write_file(path, encode_png([page]))
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
+    write_picture(path, encode_png([page]))
 
 
 if __name__ == "__main__":
