@@ -83,7 +83,7 @@ class RBF(nn.Module):
         self.rate = 0.002                                       # for train
         x = roll.curve((torch.arange(8, dtype=torch.float32) + 0.5) / 8)
         self.centre = nn.Parameter(torch.cat([0.9 * x, 1.1 * x]))
-        self.width = nn.Parameter(torch.full((16,), 0.3))
+        self.width = nn.Parameter(torch.full((16,), 0.3, dtype=torch.float32))
         self.readout = nn.Parameter(torch.zeros(T + 1, 16, 4))
         self.float()
 
