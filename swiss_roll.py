@@ -1,9 +1,9 @@
 """The swiss roll of Sohl-Dickstein et al. 2015 (arXiv 1503.03585), by their bound K.
 
     python swiss_roll.py                # K = 2.38 bits a point where 2.70 is the most
-    python swiss_roll.py --net rbf      # the paper's own network: K = RBFK bits
+    python swiss_roll.py --net rbf      # the paper's own network: K = 1.61 bits
 
-86 s, and RBFS s, on one core of an AMD EPYC. The paper has K = 2.35 (Table 1), for a roll
+86 s, and 135 s, on one core of an AMD EPYC. The paper has K = 2.35 (Table 1), for a roll
 whose noise it does not give: docs/experiments.md. Draws Figure 1, out/swiss_roll.png.
 Equations are the 2015 paper's, t is in 1..T; p(x^(t-1) | x^(t)) is reverse(x_t, t).
 """
@@ -80,7 +80,7 @@ class RBF(nn.Module):
     inside and outside: a pair's difference tells the distance from the roll."""
     def __init__(self, roll):
         super().__init__()
-        self.rate = 0.002                                       # for train
+        self.rate = 0.003                                       # for train
         x = roll.curve((torch.arange(8, dtype=torch.float32) + 0.5) / 8)
         self.centre = nn.Parameter(torch.cat([0.9 * x, 1.1 * x]))
         self.width = nn.Parameter(torch.full((16,), 0.3, dtype=torch.float32))
@@ -292,7 +292,7 @@ def parse_arguments(argv=None):
     parser.error = fail                                         # one line, no usage
     add = parser.add_argument
     add("--net", choices=["mlp", "rbf"], default="mlp", help="default: mlp; paper: rbf")
-    add("--steps", type=int, help="updates (default: mlp 15000, rbf 100000)")
+    add("--steps", type=int, help="updates (default: mlp 15000, rbf 60000)")
     add("--noise", type=float, default=0.02, help="of the roll (default: 0.02)")
     add("--learn-beta", action="store_true", help="learn beta_2..beta_T as well")
     add("--seed", type=int, default=0, help="same seed, same K (default: 0)")
@@ -301,7 +301,7 @@ def parse_arguments(argv=None):
     add("--out", type=Path, default="out", help="folder of the pictures (default: out)")
     args = parser.parse_args(argv)
     if args.steps is None:
-        args.steps = 15000 if args.net == "mlp" else 100000
+        args.steps = 15000 if args.net == "mlp" else 60000
     if args.steps < 1 or not 0 <= args.seed < 2**63 or not 0.001 <= args.noise <= 10:
         fail("want --steps above 0, --seed in 0..2^63 - 1, --noise in 0.001..10")
     return args
@@ -331,7 +331,8 @@ def main(argv=None):
         eps = normal(T - 1, len(part), 2, generator=generator)
         nats.append(bound(part, diffusion, reverse, eps))
     states = list(sample(reverse, diffusion, 10000, generator))
-    report(torch.cat(nats) / math.log(2), states[-1], roll)
+    bits = torch.cat(nats) / math.log(2)
+    report(bits, states[-1], roll)
 
     page = figure_1(x0[:10000], states, diffusion, reverse, roll, generator)
     write_picture(path, encode_png([page]))

@@ -50,24 +50,29 @@ def own_K(x0, beta, reverse):
 
 @pytest.fixture
 def short_run(tmp_path, monkeypatch, capsys):
-    """What a run of a few steps prints, and its diffusion and reverse."""
-    trained = []
-    train = swiss_roll.train
+    """What a run of a few steps prints, its diffusion and reverse, K of its points."""
+    seen = []
+    train, report = swiss_roll.train, swiss_roll.report
 
-    def spy(net, *rest):
+    def spy_train(net, *rest):
         diffusion = train(net, *rest)
-        trained.extend([diffusion, partial(f_mu_f_sigma, net, diffusion)])
+        seen.extend([diffusion, partial(f_mu_f_sigma, net, diffusion)])
         return diffusion
 
-    monkeypatch.setattr(swiss_roll, "train", spy)
+    def spy_report(bits, *rest):
+        seen.append(bits)
+        report(bits, *rest)
+
+    monkeypatch.setattr(swiss_roll, "train", spy_train)
+    monkeypatch.setattr(swiss_roll, "report", spy_report)
     swiss_roll.main(["--net", "rbf", "--steps", "40", "--out", str(tmp_path)])
-    return capsys.readouterr().out, *trained
+    return capsys.readouterr().out, *seen
 
 
 def test_what_is_printed(short_run):
     """K, its standard error, L_null, the ceiling and their differences, in bits, and
     the share of samples near the curve, computed again."""
-    out, diffusion, reverse = short_run
+    out, diffusion, reverse, its_bits = short_run
     K, null, gain, ceiling, gap = map(float, re.findall(r"=(-?\d\.\d{3})", out))
     error = float(re.search(r"to \+- (\S+);", out)[1])
     share = float(re.search(r"samples: (\S+)%", out)[1]) / 100
@@ -85,6 +90,7 @@ def test_what_is_printed(short_run):
 
     assert 0.01 < share < 0.99                      # or the next line shows little
     close(share, own_share, atol=5 * 0.5 * math.sqrt(1 / n + 1 / 10000))
+    close(K, its_bits.double().mean().item(), atol=6e-4)
     close(K, bits.mean().item(), atol=5 * deviation / math.sqrt(n))
     close(error, deviation / math.sqrt(100000), atol=0.0015)
     close(null, -math.log2(2 * math.pi * math.e), atol=6e-4)
