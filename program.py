@@ -13,13 +13,19 @@ from functools import partial
 import torch
 
 
+_lost = []              # what was raised by printing to standard output
+
+
 def say(message, file=None):
     """Print a line. A full disk, a closed pipe or a missing letter ends nothing."""
     file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     message = message.encode(encoding, "backslashreplace").decode(encoding)
-    with suppress(OSError, ValueError, AttributeError):     # also closed, or None
+    try:
         print(message, file=file, flush=True)
+    except (OSError, ValueError, AttributeError) as error:  # also closed, or None
+        if file is sys.stdout:
+            _lost.append(error)
 
 
 def warn(message):
@@ -81,7 +87,7 @@ def could_write(write, *args):
     try:
         write(*args)
     except OSError as error:
-        warn(f"cannot write: {error}; tried again later")
+        warn(f"cannot write: {error}")
         return False
     return True
 
@@ -178,5 +184,7 @@ def run_as_process(main):
         try:
             print(end="", flush=True)
         except OSError as error:
+            _lost.append(error)
+        if _lost:
             sys.stdout = None                   # or Python writes to it once more
-            fail(f"standard output: {error}")
+            fail(f"standard output: {_lost[0]}")

@@ -3,9 +3,16 @@
     python swiss_roll.py                # K = 2.38 bits a point where 2.70 is the most
     python swiss_roll.py --net rbf      # the paper's own network: K = 1.61 bits
 
-86 s, and 135 s, on one core of an AMD EPYC. The paper has K = 2.35 (Table 1), for a roll
-whose noise it does not give: docs/experiments.md. Draws Figure 1, out/swiss_roll.png.
-Equations are the 2015 paper's, t is in 1..T; p(x^(t-1) | x^(t)) is reverse(x_t, t).
+86 s, and 135 s, on one core of an AMD EPYC. The paper has K = 2.35 (Table 1), for a
+roll whose noise it does not give: docs/experiments.md. Draws Figure 1,
+out/swiss_roll.png, and noise that rolls itself up, out/swiss_roll_reverse.png.
+Equations are the 2015 paper's, t is in 1..T. Its symbols:
+
+    beta^(t), x^(t), x^(0)          diffusion.beta[t], x_t, x0
+    q(x^(t) | x^(0))                diffusion.q_sample(x0, t, eps)
+    q(x^(t-1) | x^(t), x^(0))       mean, variance = diffusion.q_posterior(x0, x_t, t)
+    p(x^(t-1) | x^(t))              f_mu, f_sigma = reverse(x_t, t), f_Sigma diagonal
+    K                               bound(x0, diffusion, reverse, eps).mean(), in nats
 """
 import argparse
 import math
@@ -21,16 +28,17 @@ from torch import nn
 
 from ddpm_min import GaussianDiffusion, gaussian_kl
 from images import encode_png
+from program import (check_room, choose_device, could_write, errors_in_one_line, fail,
+                     run_as_process, say, settings, write_file)
 
 T = 40                                                          # App. D.1.1
 HELD_OUT = 100_000                                              # points, for K
-normal = partial(torch.randn, dtype=torch.float32)              # of any default dtype
 
 
 def schedule(sigma, edge=0.001, alpha_bar_T=0.01):
     """beta_1..beta_T, float64 (T,), for a roll of that sigma: v_t, the variance of x^t
-    across the curve, grows by 1 + edge at t = 1, then by one factor at
-    every step, until alpha_bar_T is so small that x^T is all but N(0, I)."""
+    across the curve, grows by 1 + edge at t = 1 and then by one factor at every step,
+    until alpha_bar_T is so small that x^T is all but N(0, I)."""
     # A diagonal f_Sigma cannot turn with the roll, and loses least if all factors are
     # equal: docs/derivations.md. Step 1 learns nothing and loses log(1 + edge) / 2.
     v_0 = sigma**2
@@ -82,11 +90,10 @@ class RBF(nn.Module):
     def __init__(self, roll):
         super().__init__()
         self.rate = 0.003                                       # for train
-        x = roll.curve((torch.arange(8, dtype=torch.float32) + 0.5) / 8)
+        x = roll.curve((torch.arange(8) + 0.5) / 8)
         self.centre = nn.Parameter(torch.cat([0.9 * x, 1.1 * x]))
-        self.width = nn.Parameter(torch.full((16,), 0.3, dtype=torch.float32))
+        self.width = nn.Parameter(torch.full((16,), 0.3))
         self.readout = nn.Parameter(torch.zeros(T + 1, 16, 4))
-        self.float()
 
     def forward(self, x, t):
         square = (x[:, :, None] - self.centre).square().sum(3)  # (S, n, 16)
@@ -101,14 +108,13 @@ class MLP(nn.Module):
     def __init__(self, generator=None):
         super().__init__()
         self.rate = 0.01                                        # for train
-        self.frequency = nn.Parameter(2 * normal(64, 2, generator=generator))
-        phase = normal(64, generator=generator)
+        self.frequency = nn.Parameter(2 * torch.randn(64, 2, generator=generator))
+        phase = torch.randn(64, generator=generator)
         self.phase = nn.Parameter(phase.repeat(T + 1, 1, 1))
-        self.inner = nn.Parameter(0.18 * normal(2, 64, 64, generator=generator))
+        self.inner = nn.Parameter(0.18 * torch.randn(2, 64, 64, generator=generator))
         self.inner_bias = nn.Parameter(torch.zeros(2, 64))
         self.readout = nn.Parameter(torch.zeros(T + 1, 64, 4))
         self.readout_bias = nn.Parameter(torch.zeros(T + 1, 1, 4))
-        self.float()
 
     def forward(self, x, t):
         h = torch.sin(F.linear(x, self.frequency) + self.phase[t])      # (S, n, 64)
@@ -136,7 +142,7 @@ def train(net, roll, steps, learn_beta, generator):
         diffusion = GaussianDiffusion(beta).to(device)
         reverse = partial(f_mu_f_sigma, net, diffusion)
         x0 = roll.sample(32, generator).repeat(2, 1).to(device)
-        eps = normal(T - 1, 32, 2, generator=generator).to(device)
+        eps = torch.randn(T - 1, 32, 2, generator=generator).to(device)
         K = bound(x0, diffusion, reverse, torch.cat([eps, -eps], dim=1)).mean()
 
         optimiser.zero_grad()
@@ -148,7 +154,7 @@ def train(net, roll, steps, learn_beta, generator):
             fail(f"K is {bits[-1]} at step {step}: stopped", 1)
         if step % every == 0:
             mean, seconds = np.mean(bits[-every:]), time.time() - start
-            print(f"{step}/{steps}: K {mean:.3f} bits, {seconds:.0f} s", flush=True)
+            say(f"{step}/{steps}: K {mean:.3f} bits, {seconds:.0f} s")
     return GaussianDiffusion(diffusion.beta[1:].detach().cpu())
 
 
@@ -156,11 +162,11 @@ def train(net, roll, steps, learn_beta, generator):
 def sample(reverse, diffusion, n, generator=None):
     """Yield the T + 1 states (n, 2) of p: x^T ~ N(0, I), ..., x^1, x^0. At t = 1, which
     is never trained, f_mu_f_sigma's net is 0, and this is the edge step (Eq. 44)."""
-    x = normal(n, 2, generator=generator).to(diffusion.beta)
+    x = torch.randn(n, 2, generator=generator).to(diffusion.beta)
     yield x
     for t in range(diffusion.T, 0, -1):
         mean, variance = reverse(x[None], torch.tensor([t]))    # (1, n, 2)
-        x = mean[0] + variance[0].sqrt() * normal(n, 2, generator=generator)
+        x = mean[0] + variance[0].sqrt() * torch.randn(n, 2, generator=generator)
         yield x
 
 
@@ -183,8 +189,8 @@ class SwissRoll:
 
     def sample(self, n, generator=None):
         """n points of the roll, float32 (n, 2)."""
-        u = torch.rand(n, generator=generator, dtype=torch.float32)
-        return self.curve(u) + self.sigma * normal(n, 2, generator=generator)
+        u = torch.rand(n, generator=generator)
+        return self.curve(u) + self.sigma * torch.randn(n, 2, generator=generator)
 
     def log_density(self, x):
         """Nats, float64 (n,), at x (n, 2): a mean over the curve by the midpoint rule.
@@ -219,9 +225,12 @@ def draw(x, u, size=336):
     """uint8 (size, size, 3): dots at x (n, 2) within +-3, in colours by u (n,)."""
     rgb = 0.5 + 0.45 * np.cos(4.5 * u.numpy() - [[3.2], [4.6], [1.2]])
     row, column = -x[:, 1].numpy(), x[:, 0].numpy()
-    grid = partial(np.histogram2d, row, column, size, [[-3, 3], [-3, 3]])
-    layers = [grid(weights=weight)[0] for weight in (None, *rgb)]
-    layers = torch.tensor(np.stack(layers))
+    window = [[-3, 3], [-3, 3]]
+    layers = []
+    for weight in (None, *rgb):
+        layer, _, _ = np.histogram2d(row, column, size, window, weights=weight)
+        layers.append(torch.from_numpy(layer))
+    layers = torch.stack(layers)
     # Means over 3 x 3 pixels make dots of points.
     layers = F.avg_pool2d(layers, 3, stride=1, padding=1)
     cover, colour = layers[:1], layers[1:]
@@ -236,12 +245,13 @@ def figure_1(x0, states, diffusion, reverse, roll, generator=None):
     and each of states: (n, 2), n >= 700."""
     _, start = roll.nearest(x0)
     _, end = roll.nearest(states[-1])
-    eps = normal(*x0.shape, generator=generator)
+    eps = torch.randn(*x0.shape, generator=generator)
     # 24 dots along the drift, crowded at its head.
-    way = torch.linspace(0, 1, 24, dtype=torch.float32).sqrt()[:, None, None]
+    way = torch.linspace(0, 1, 24).sqrt()[:, None, None]
     columns = []
     for t in (0, T // 2, T):
-        signal, noise = diffusion.signal_noise(torch.tensor([t]), x0)
+        signal = diffusion.alpha_bar[t].sqrt()
+        noise = diffusion.one_minus_alpha_bar[t].sqrt()
         q = draw(signal * x0 + noise * eps, start)
         p = draw(states[T - t], end)
         learned = max(t, 2)
@@ -256,24 +266,6 @@ def figure_1(x0, states, diffusion, reverse, roll, generator=None):
     return torch.cat(columns, dim=1)
 
 
-def fail(message, code=2):
-    """One line on stderr, then exit with the code."""
-    print(f"swiss_roll.py: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def write_picture(path, png):
-    """The bytes png to path, whole or not at all; exit with 2 if not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(png)
-        temporary.replace(path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def report(bits, samples, roll):
     """Print K from bits of each held-out point, and how samples lie on the roll."""
     K = bits.mean()
@@ -281,10 +273,10 @@ def report(bits, samples, roll):
     null = -math.log2(2 * math.pi * math.e)                     # Table 1
     ceiling = roll.ceiling() / math.log(2)
     close = roll.nearest(samples)[0] < 0.1
-    print(f"samples: {close.double().mean():.2%} within 0.1 of the curve")
-    print(f"held out, to +- {error:.3f}; the paper: K=2.35 K-L_null=6.45")
-    print(f"K={K:.3f} L_null={null:.3f} K-L_null={K - null:.3f} ", end="")
-    print(f"ceiling={ceiling:.3f} gap={ceiling - K:.3f} bits/point", flush=True)
+    say(f"samples: {close.double().mean():.2%} within 0.1 of the curve")
+    say(f"held out, to +- {error:.3f}; the paper: K=2.35 K-L_null=6.45")
+    say(f"K={K:.3f} L_null={null:.3f} K-L_null={K - null:.3f} "
+        f"ceiling={ceiling:.3f} gap={ceiling - K:.3f} bits/point")
 
 
 def parse_arguments(argv=None):
@@ -297,8 +289,8 @@ def parse_arguments(argv=None):
     add("--noise", type=float, default=0.02, help="of the roll (default: 0.02)")
     add("--learn-beta", action="store_true", help="learn beta_2..beta_T as well")
     add("--seed", type=int, default=0, help="same seed, same K (default: 0)")
-    devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
-    add("--device", choices=devices, default="auto", help="auto: cpu; cuda: never run")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto is the CPU, as cuda was never run")
     add("--out", type=Path, default="out", help="folder of the pictures (default: out)")
     args = parser.parse_args(argv)
     if args.steps is None:
@@ -308,44 +300,46 @@ def parse_arguments(argv=None):
     return args
 
 
-def main(argv=None):
+def run_program(args):
     """Train, measure, draw."""
-    args = parse_arguments(argv)
-    path = args.out / "swiss_roll.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        fail(f"cannot write {path}: a folder of that name is there")
-    trial = path.with_suffix(".trial")
-    write_picture(trial, bytes(2**22))          # is there room, before the work?
-    trial.unlink()
+    picture, film = args.out / "swiss_roll.png", args.out / "swiss_roll_reverse.png"
+    for path in (picture, film):
+        if path.is_dir():
+            fail(f"cannot write {path}: a folder of that name is there")
+        check_room(path, 2**22)                                 # before the work
+    device = choose_device("cpu" if args.device == "auto" else args.device)
 
     generator = torch.Generator().manual_seed(args.seed)
     roll = SwissRoll(args.noise)
     net = RBF(roll) if args.net == "rbf" else MLP(generator)
-    net.to("cuda" if args.device == "cuda" else "cpu")
+    net.to(device)
     diffusion = train(net, roll, args.steps, args.learn_beta, generator)
     reverse = partial(f_mu_f_sigma, net.cpu().requires_grad_(False), diffusion)
 
     x0 = roll.sample(HELD_OUT, generator)
     nats = []
     for part in x0.split(500):
-        eps = normal(T - 1, len(part), 2, generator=generator)
+        eps = torch.randn(T - 1, len(part), 2, generator=generator)
         nats.append(bound(part, diffusion, reverse, eps))
     states = list(sample(reverse, diffusion, 10000, generator))
     bits = torch.cat(nats) / math.log(2)
     report(bits, states[-1], roll)
 
     page = figure_1(x0[:10000], states, diffusion, reverse, roll, generator)
-    write_picture(path, encode_png([page]))
+    _, u = roll.nearest(states[-1][:1200])
+    frames = [draw(x[:1200], u, size=240) for x in states]
+    wrote = could_write(write_file, picture, encode_png([page]))
+    wrote &= could_write(write_file, film, encode_png(frames, fps=6))
+    if not wrote:
+        sys.exit(2)
+
+
+def main(argv=None):
+    """The command line; see the module's docstring. It leaves the process as it was."""
+    with settings(), errors_in_one_line("take fewer --steps"):
+        run_program(parse_arguments(argv))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)            # on matrices this small threads only wait
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
-    except OSError as error:
-        if sys.stdout is sys.__stdout__:
-            sys.stdout = None           # or Python writes to it once more
-        fail(f"cannot write: {error}")
+    run_as_process(main)
