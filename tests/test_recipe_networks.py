@@ -128,7 +128,7 @@ def test_upscaler_follows_the_small_image():
     to_shown = (guess - shown).pow(2).mean()
     to_own = (guess - ours.shrink(ours.x0)).pow(2).mean()
     assert to_shown < 0.8 * to_own
-    assert ours.small_loss(ours.x0, ours.y) < 0.4
+    assert ours.small_loss(ours.x0, ours.y) < 0.6
     assert ours.x.shape == ours.x0.shape
 
 
