@@ -47,8 +47,8 @@ def test_cifar_10():
 
 
 def test_photographs():
-    """cats: red above blue, held upright; dogs: green on the left of nothing. Notes, and
-    what macOS leaves beside a photograph, are none; of 30 photographs 27 are left."""
+    """cats: red above blue, held upright; dogs: green on the left of nothing. Notes,
+    those of macOS too, are no photographs; of 30 photographs 27 are left."""
     Image = pytest.importorskip("PIL.Image")
     cat = Image.new("RGB", (80, 64), "red")
     cat.paste("blue", (0, 32, 80, 64))
@@ -78,7 +78,8 @@ def test_grain_is_kept_as_the_table_says(capsys):
     seed(13)
     run("When to say `--schedule cosine`")
     printed = re.findall(r" ([\d.]+)$", capsys.readouterr().out, re.M)
-    told = re.findall(r"^\| `\w+` \| ([\d.]+) \| ([\d.]+) \|$", RECIPES.read_text(), re.M)
+    row = r"^\| `\w+` \| ([\d.]+) \| ([\d.]+) \|$"
+    told = re.findall(row, RECIPES.read_text(), re.M)
     printed, told = np.array(printed, float), np.array(told, float)
     assert abs(printed - told.ravel()).max() < 0.7
 
@@ -87,7 +88,8 @@ def test_forward_picture():
     """Rows from the digit to noise; the picture is as large as the one shown."""
     seed(14)
     Path("assets").mkdir()
-    pixels = run("A picture of the forward process", linear_schedule=linear_schedule).pixels
+    world = {"linear_schedule": linear_schedule}
+    pixels = run("A picture of the forward process", **world).pixels
     shown = (ROOT / "assets" / "forward.png").read_bytes()
     assert shown[:24] == Path("assets/forward.png").read_bytes()[:24]
     digit = ((SET_UP["x0"][0, 0] + 1) * 127.5).round()

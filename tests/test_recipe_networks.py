@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from ddpm_min import GaussianDiffusion, UNet, linear_schedule
 from test_readme import ROOT, seed
 from test_recipes import (
-    CODE, EXACT, SET_UP, exact_eps, folder, ignore, marginal, run)
+    CODE, EXACT, MEAN, SET_UP, exact_eps, folder, ignore, marginal, run)
 
 
 def wake(model):
@@ -35,7 +35,7 @@ def narrow(channels, width=48, classes=0):
 
 
 def briefly(steps):
-    """The page's training loop, for so many steps instead of those that are asked for."""
+    """The page's training loop, for so many steps whatever is asked for."""
     def train(network, loss_on, **asked):
         SET_UP["train"](network, loss_on, **{**asked, "steps": steps})
     return train
@@ -73,11 +73,13 @@ def test_training_loop_finds_the_mean_of_the_digits():
 def test_classifier_guidance_is_bayes_rule():
     """Two classes: eps of the mixture, guided with s = 1, is eps of the class alone."""
     seed(8)
-    ours = run("Classifier guidance", train=briefly(600),
-               model=lambda x_t, t: torch.zeros_like(x_t))
+    diffusion = GaussianDiffusion(linear_schedule())    # that of exact_eps
+    model = partial(exact_eps, MEAN)
+    world = {"diffusion": diffusion, "model": model, "train": briefly(600)}
+    ours = run("Classifier guidance", **world)
     x0 = SET_UP["x_train"][:500] / 127.5 - 1
-    t = torch.full((500,), 50)
-    x_t = ours.diffusion.q_sample(x0, t, torch.randn_like(x0))
+    t = torch.full((500,), 200)
+    x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
     guesses = ours.classifier(x_t, t).argmax(1)
     assert (guesses == SET_UP["y_train"][:500]).float().mean() > 0.8
 
@@ -89,12 +91,9 @@ def test_classifier_guidance_is_bayes_rule():
         share = classifier(x_t, t).softmax(1)[:, 1].reshape(-1, 1, 1, 1)
         return torch.lerp(exact_eps(-0.3, x_t, t), exact_eps(0.3, x_t, t), share)
 
-    # The recipe's own schedule is another: here that of marginal and exact_eps.
-    guided = ours.guided_eps
-    guided.__globals__["diffusion"] = EXACT
     t, y = torch.tensor([200, 400, 600]), torch.tensor([1, 1, 1])
     x_t = torch.randn(3, 1, 1, 1).double()
-    eps = guided(mixture, classifier, y, 1.0, x_t, t)
+    eps = ours.guided_eps(mixture, classifier, y, 1.0, x_t, t)
     assert_close(eps, exact_eps(0.3, x_t, t), rtol=1e-3, atol=1e-4)
 
 
@@ -123,7 +122,7 @@ def test_upscaler_follows_the_small_image():
     t = torch.full((16,), 900)
     x_t = ours.diffusion.q_sample(ours.x0, t, torch.randn_like(ours.x0))
     with torch.no_grad():
-        eps = ours.upscaler(x_t, t, ours.blur(shown))
+        eps = ours.upscaler(x_t, t, ours.add_noise(shown))
     guess = ours.shrink(ours.diffusion.predict_x0(x_t, t, eps))
     to_shown = (guess - shown).pow(2).mean()
     to_own = (guess - ours.shrink(ours.x0)).pow(2).mean()
@@ -152,7 +151,8 @@ def test_wrapped_networks_give_the_exact_eps():
     x0, eps = torch.randn(2, 3, 1, 4, 4)
     t = torch.tensor([10, 500, 900])
     world = {"diffusion": GaussianDiffusion(linear_schedule()), "x0": small()["x0"]}
-    ours = run("A network that predicts x_0 or v", UNet=narrow, train=briefly(30), **world)
+    world |= {"UNet": narrow, "train": briefly(30)}
+    ours = run("A network that predicts x_0 or v", **world)
     x_t = ours.diffusion.q_sample(x0, t, eps)
     alpha_bar = ours.diffusion.alpha_bar[t].reshape(3, 1, 1, 1)
     v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0

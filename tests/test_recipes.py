@@ -1,5 +1,5 @@
-"""Every Python block of docs/recipes.md is run, and does what its text says. Oracles are
-Gaussian data, whose eps is known exactly; what trains does so for a few seconds."""
+"""Every Python block of docs/recipes.md is run, and does what its text says; here those
+that draw. Oracles are Gaussian data, whose eps is known exactly."""
 import re
 import sys
 from functools import partial
@@ -70,7 +70,7 @@ def mean_of_label(y):
 
 
 def labelled_eps(x_t, t, y=None):
-    """For data N(mean_of_label(y), STD^2); without a label, or with -1, N(MEAN, STD^2)."""
+    """For data N(mean_of_label(y), STD^2); N(MEAN, STD^2) without label, and for -1."""
     y = torch.full_like(t, -1) if y is None else y
     mean = torch.where(y < 0, MEAN, mean_of_label(y)).double()
     return exact_eps(mean.reshape(-1, *[1] * (x_t.dim() - 1)), x_t, t)
@@ -130,8 +130,8 @@ def test_picture_holds_the_rows(tmp_path):
 
 def test_noise_levels_are_those_of_the_table(capsys):
     """In numpy, from the betas alone."""
-    text = RECIPES.read_text()
-    t, *rows = re.findall(r"^\|(?: t| laplace,[^|]*| linear) \| ([\d. |]+) \|$", text, re.M)
+    row = r"^\| (?:t|laplace, [^|]*|linear) \| ([\d. |]+) \|$"
+    t, *rows = re.findall(row, RECIPES.read_text(), re.M)
     t = [int(cell) for cell in t.split(" | ")]
     ours = run("Noise levels")
     printed = [float(cell) for cell in re.findall(r"[\d.]+", capsys.readouterr().out)]
@@ -238,7 +238,8 @@ def test_ode_maps_noise_to_the_exact_image_and_back():
 def test_slerp_keeps_the_length_that_noise_has():
     seed(5)
     ours = run("Probability-flow ODE", **exact)
-    assert_close([ours.slerp(ours.a, ours.b, share) for share in (0, 1)], [ours.a, ours.b])
+    assert_close(ours.slerp(ours.a, ours.b, 0), ours.a)
+    assert_close(ours.slerp(ours.a, ours.b, 1), ours.b)
     lengths = ours.circle.flatten(1).norm(dim=1)
     assert lengths.min() > 0.99 * min(ours.a.norm(), ours.b.norm())
     assert lengths.max() < 1.01 * max(ours.a.norm(), ours.b.norm())
