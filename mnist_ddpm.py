@@ -7,16 +7,12 @@
     python mnist_ddpm.py --conditional --out labels # with labels
 
 Two cores of an AMD EPYC, 7 minutes: Frechet distance 49 to 56 (two seeds, three draws
-of each; 1,000 real images have 12; see docs/experiments.md). Never run on a GPU.
+of each; 1,000 real images have 12). On a GPU, and more: docs/experiments.md.
 """
-import argparse
 import io
 import math
 import os
-import signal
-import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -25,107 +21,85 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_min as ddpm
+from command_line import check_drawing, check_resuming, parse_arguments
+from images import encode_png, grid, load_images
+from program import (check_room, could_write, errors_in_one_line, fail, run_as_process,
+                     say, settings, signals_wait, warn, write_file, write_or_wait)
+from unet import UNet
 
 DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
             "schedule": "laplace", "conditional": False, "data": None}
 CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
-LIMITS = {"epochs": (1e-9, 1e6), "batch_size": (1, 10**6), "lr": (1e-9, 1e6),
-          "width": (8, 10**6), "seed": (0, 2**31), "sample": (1, 10**6),
-          "steps": (1, 1000), "eta": (0, 1), "label": (0, 999), "guidance": (-100, 100)}
-PARTS = "model", "average", "optimiser"             # of a Run, in its checkpoint
-LAYOUT = "uint8 (N, H, W) or (N, H, W, 3), sides divisible by 4"
-
-
-def fail(message):
-    """End the program with one line on stderr and exit code 2."""
-    print("mnist_ddpm:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def write_file(path, data):
-    """Replace a file by these bytes, or on an OSError leave it as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_images(config, split, device="cpu"):
-    """Images, uint8 (N, C, H, W); indices of labels, int64 (N,), or None; the list of
-    labels that they index: config's, or all that occur. split: "train" or "test"."""
-    path = config["data"] or str(MNIST)
-    keys = [f"x_{split}", f"y_{split}"] if config["conditional"] else [f"x_{split}"]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x, *y = [np.asarray(file[key]) for key in keys]
-    except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
-        fail(f"{path}: no .npz of numbers {', '.join(keys)} ({type(error).__name__})")
-    x = x[..., None] if x.ndim == 3 else x
-    fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
-    if not fits or x.shape[1] % 4 or x.shape[2] % 4:
-        fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
-    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
-    if not y:
-        return x, None, []
-    y = y[0].reshape(-1)
-    if y.dtype.kind not in "iu" or len(y) != len(x) or y.min() < 0 or y.max() > 999:
-        fail(f"{keys[1]} in {path}: want {len(x)} whole numbers in 0..999")
-    labels = config.get("labels") or np.unique(y).tolist()
-    if not np.isin(y, labels).all():
-        fail(f"{keys[1]} in {path}: the model knows only the labels {labels}")
-    return x, torch.from_numpy(np.searchsorted(labels, y)).to(device), labels
 
 
 class Run:
     """A training run: its settings, and all that changes as it trains."""
     def __init__(self, config, device):
         self.config, self.device, self.step = config, device, 0
-        torch.manual_seed(config["seed"])               # of the initial weights
+        self.saved_at = None            # time of the checkpoint that is its own
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
-        model = ddpm.UNet(config["shape"][0], config["width"], len(config["labels"]))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        with torch.random.fork_rng(devices=[]):         # of the initial weights
+            torch.default_generator.manual_seed(config["seed"])
+            classes = len(config["labels"])
+            model = UNet(config["shape"][0], config["width"], classes)
+        cuda = device.type == "cuda"
+        layout = torch.contiguous_format if cuda else torch.channels_last
+        self.model = model.to(device, memory_format=layout)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
         # Where a GPU has bfloat16 the networks compute in it; the weights stay float32.
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False)
-        bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=native)
-        self.network = bfloat16(self.model.forward)
-        self.average_network = bfloat16(self.average.module.forward)
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.autocast = partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=native)
+        self.network = self.autocast()(self.model.forward)
+        self.average_network = self.autocast()(self.average.module.forward)
 
 
 def save_run(path, run, loss):
     """Write all that it takes to go on; fail if the loss or a weight is not finite."""
     if not all(value.isfinite().all() for value in (loss, *run.model.parameters())):
-        fail(f"not finite, step {run.step}: go on from {path} by --resume, lower --lr")
-    state = {name: getattr(run, name).state_dict() for name in PARTS}
-    state.update(config=run.config, step=run.step, generator=run.generator.get_state())
+        fail(f"not finite at step {run.step}: lower --lr (--resume, if {path} exists)")
+    if path.exists() and path.stat().st_mtime_ns != run.saved_at:
+        fail(f"another program has replaced {path}: this one ends at step {run.step}")
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({
+        "config": run.config,
+        "step": run.step,
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict(),
+        "optimiser": run.optimiser.state_dict(),
+        "generator": run.generator.get_state(),
+    }, buffer)
     write_file(path, buffer.getvalue())
+    run.saved_at = os.stat(path).st_mtime_ns
 
 
 def load_run(path, device):
-    """The Run that save_run wrote, on any device, none of its code run; or fail."""
+    """The Run that save_run wrote, on any device, none of its code run; or fail. Config
+    and average are enough to sample from: saved_at is then None."""
     try:
+        saved_at = os.stat(path).st_mtime_ns
         state = torch.load(path, map_location="cpu", weights_only=True)
         run = Run(state["config"], device)
-        for name in PARTS:
-            getattr(run, name).load_state_dict(state[name])
-        run.step = state["step"]
-        if len(state["generator"]) == len(run.generator.get_state()):   # same device
-            run.generator.set_state(state["generator"])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # torch knows a dozen for missing, broken, foreign files
-        fail(f"no checkpoint in {path} ({type(error).__name__}): train, or see --out")
+        run.average.load_state_dict(state["average"])
+        if "optimiser" in state:
+            run.saved_at, run.step = saved_at, state["step"]
+            run.model.load_state_dict(state["model"])
+            run.optimiser.load_state_dict(state["optimiser"])
+            if len(state["generator"]) == len(run.generator.get_state()):  # same device
+                run.generator.set_state(state["generator"])
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}: train first, or see --out")
+    except Exception as error:  # torch knows a dozen for broken, foreign files
+        fail(f"cannot read {path}: {error!r:.80}")
+    # The fused AdamW takes its moments to lie in memory as the weights do.
+    for weight, moments in run.optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(weight).copy_(moments[name])
     return run
 
 
@@ -142,25 +116,29 @@ def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
         yield images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
 
 
-def grid(images, columns):
-    """Images (n, H, W) or (n, H, W, 3) in rows of `columns`; black fills the last."""
-    black = images.new_zeros(-len(images) % columns, *images.shape[1:])
-    rows = torch.cat([images, black]).split(columns)
-    return torch.cat([torch.cat(list(row), 1) for row in rows])
-
-
 def draw_pictures(run, out, steps):
     """Write samples.png, denoising.png: 100 images from one noise, class by class."""
     classes = torch.arange(100, device=run.device) * len(run.config["labels"]) // 100
     noise = torch.Generator(run.device).manual_seed(run.config["seed"])
-    film = [grid(images, 10) for images in draw(run, classes, noise, steps)]
-    write_file(out / "samples.png", ddpm.encode_png(film[-1:]))
-    write_file(out / "denoising.png", ddpm.encode_png(film[::2] + film[-1:] * 10, 10))
+    film = [grid(images) for images in draw(run, classes, noise, steps)]
+    digits = film[-1:]              # first, as some viewers show the first frame only
+    write_file(out / "samples.png", encode_png(digits))
+    write_file(out / "denoising.png", encode_png(digits * 10 + film[::2], 10))
 
 
 def learning_rate(step, total, peak):
     """Half a cosine from peak down to 0, times a linear warm-up of 100 steps."""
     return peak * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def capture(run):
+    """Replay run.network as a CUDA graph: a small network waits for its launches."""
+    x_t = torch.zeros(run.config["batch_size"], *run.config["shape"], device=run.device)
+    t = torch.ones(len(x_t), dtype=torch.int64, device=run.device)
+    # The arguments that the loss will pass.
+    arguments = (x_t, t, torch.zeros_like(t)) if run.config["labels"] else (x_t, t)
+    with run.autocast(cache_enabled=False):
+        run.network = torch.cuda.make_graphed_callables(run.model, arguments)
 
 
 def train_step(run, x_train, y_train):
@@ -186,201 +164,184 @@ def train_step(run, x_train, y_train):
     return loss.detach()
 
 
-def report(run, loss, seconds, steps):
-    """Print where the run stands, after `steps` steps in `seconds` of this program."""
-    total, batch_size, N = [run.config[key] for key in ("total", "batch_size", "N")]
+def progress(run, loss, steps, seconds, cores):
+    """What to say after `steps` steps in `seconds` on so many cores."""
+    total, batch_size = run.config["total"], run.config["batch_size"]
     rate = steps / seconds
-    line = (f"epoch {run.step * batch_size / N:.2f}  step {run.step}/{total}  "
-            f"loss {loss:.4f}  {rate * batch_size:.0f} images/s  {seconds:.0f} s, "
-            f"{(total - run.step) / rate:.0f} s left")
-    end = "\r" if sys.stdout and sys.stdout.isatty() and run.step < total else "\n"
-    print(f"{line:<79}", end=end, flush=True)
+    line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
+            f"step {run.step}/{total}  loss {loss:.4f}  "
+            f"{rate * batch_size:.0f} images/s  "
+            f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
+    # Beside another busy program threads mostly wait for each other.
+    threads = torch.get_num_threads()
+    if run.device.type == "cpu" and threads > 1 and cores < 0.75 * threads:
+        line += (f"\n{threads} threads on {cores:.1f} cores: --resume with "
+                 "OMP_NUM_THREADS=1 may be quicker")
+    return line
 
 
-def remember_signal(stop, number, frame):
-    """A signal handler that appends the signal's number to the list `stop`."""
-    stop.append(number)
-
-
-def train(run, x_train, y_train, out):
-    """Train to the last step or a signal; leaves model.pt and pictures in `out`."""
-    path, total, start = out / "model.pt", run.config["total"], run.step
+def train(run, x_train, y_train, path):
+    """Train to the last step or a signal; writes path, and pictures beside it."""
+    total, start, reports = run.config["total"], run.step, 0
+    if run.device.type == "cuda":
+        capture(run)
     loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
-    save_run(path, run, loss)           # a folder that takes no files ends the run here
-    stop = []                           # signals: they wait until all is saved
-    signal.signal(signal.SIGINT, partial(remember_signal, stop))
-    signal.signal(signal.SIGTERM, partial(remember_signal, stop))
-    begin = saved = drawn = time.perf_counter()
-    while run.step < total and not stop:
-        latest = train_step(run, x_train, y_train)
-        loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
-        now = time.perf_counter()
-        if now - saved > 10 or run.step == total:
-            saved = now
-            try:
+    begin, processor = time.perf_counter(), time.process_time()
+    with signals_wait() as stop:
+        while run.step < total and not stop:
+            latest = train_step(run, x_train, y_train)
+            loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
+            if run.step == 1:
                 save_run(path, run, loss)
-                if now - drawn > 120 and run.step < total:
-                    drawn = now
-                    draw_pictures(run, out, 20)
-            except OSError as error:
-                print(f"mnist_ddpm: {error}; training goes on", file=sys.stderr)
-            # After the checkpoint: standard output can be a closed pipe, a full disk.
-            report(run, loss, now - begin, run.step - start)
-    save_run(path, run, loss)
-    if run.step < total:
-        print(f"mnist_ddpm: stopped at step {run.step} of {total}, saved in {path}; "
-              "--resume goes on there", file=sys.stderr)
-        sys.exit(128 + stop[0])
-    draw_pictures(run, out, 50)
-    print(f"wrote {path}, samples.png, denoising.png")
+                save_run(path, run, loss)       # is there room for one beside another?
+            seconds = time.perf_counter() - begin
+            if seconds > 10 * (reports + 1) or run.step == total:
+                reports += 1
+                cores = (time.process_time() - processor) / seconds
+                say(progress(run, loss, run.step - start, seconds, cores))
+                could_write(save_run, path, run, loss)
+                if reports % 12 == 0:
+                    could_write(draw_pictures, run, path.parent, 20)
+        write_or_wait(stop, save_run, path, run, loss)
+    if stop:
+        fail(f"stopped at step {run.step} of {total}: --resume goes on", 128 + stop[0])
+    draw_pictures(run, path.parent, 50)
+    say(f"wrote {path}, samples.png, denoising.png")
 
 
 def sample(run, args):
     """Draw args.sample images into samples.png and, if asked, an .npz."""
     n, labels = args.sample, run.config["labels"]
     classes = torch.arange(n) * len(labels) // n        # counts differ by at most one
-    rows = len(labels) or n**0.5
     if args.label is not None:
-        classes, rows = torch.full((n,), labels.index(args.label)), n**0.5
+        classes = torch.full((n,), labels.index(args.label))
+    picture, size = args.out / "samples.png", n * math.prod(run.config["shape"])
+    for path in filter(None, (args.npz, picture)):
+        check_room(path, size)          # before the work
     images = []
     # So many at once stay in a CPU's cache, or fill a GPU.
     for part in classes.to(run.device).split(100 if run.device.type == "cpu" else 1000):
         for x in draw(run, part, run.generator, args.steps, args.eta, args.guidance):
             pass
         images.append(x)
+        say(f"{sum(map(len, images))} of {n} images")
     images = torch.cat(images)
-    picture = args.out / "samples.png"
-    write_file(picture, ddpm.encode_png([grid(images, math.ceil(n / rows))]))
     if args.npz:
         y = {"y": np.array(labels)[classes]} if labels else {}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, x=images.numpy(), **y)
         write_file(args.npz, buffer.getvalue())
-    print(f"wrote {picture}" + (f" and {args.npz}" if args.npz else ""))
+    write_file(picture, encode_png([grid(images)]))
+    say(f"wrote {picture}" + (f", {args.npz}" if args.npz else ""))
 
 
 def evaluate(run):
     """Print the variational bound on x_test."""
-    x, y, _ = load_images(run.config, "test", run.device)
-    if len(x) < 2 or list(x.shape[1:]) != run.config["shape"]:
+    x, y, facts = load_split(run.config, "test", run.device)
+    if len(x) < 2 or facts["shape"] != run.config["shape"]:
         fail(f"x_test is {list(x.shape)}: want two or more of {run.config['shape']}")
     model = run.average.module          # in float32, on a GPU too
     bits, error = run.diffusion.bits_per_dim(
-        model, x / 127.5 - 1, y, clip=True, generator=run.generator)
-    print(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
+        model, x / 127.5 - 1, y, generator=run.generator)
+    say(f"{bits:.3f} +- {error:.3f} bits/dim on {len(x)} test images")
 
 
-def parse_arguments(argv):
-    """The command line as a namespace; a setting of the run is there only if given."""
-    parser = argparse.ArgumentParser(description="Diffusion on images.")
-    parser.error = fail
-    add = partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--epochs", type=float, help="default: 240,000 images' worth, CUDA 1,800,000")
-    add("--batch-size", type=int, help="images a step (default: 32, on CUDA 256)")
-    add("--lr", type=float, help="highest learning rate of AdamW (default: 0.0025)")
-    add("--width", type=int, help="of the U-Net, by eights (default: 32, on CUDA 96)")
-    add("--seed", type=int, help="of the training, or of what is drawn (default: 0)")
-    add("--schedule", choices=["laplace", "cosine", "linear"],
-        help="of beta (default: laplace; cosine suits fine texture, photographs)")
-    add("--conditional", action="store_true", help="train with labels (default: no)")
-    add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; x_test for "
-        "--evaluate; for --conditional y_train, y_test (default: MNIST)")
-    add = parser.add_argument
-    add("--out", type=Path, default="out", help="folder to write to (default: out)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--evaluate", action="store_true", help="print the bound on x_test, bits/dim")
-    add("--sample", type=int, help="draw so many images with the model in --out")
-    add = parser.add_argument_group("with --sample").add_argument
-    add("--steps", type=int, default=50, help="default: 50")
-    add("--eta", type=float, default=1.0, help="1: DDPM, 0: DDIM")
-    add("--label", type=int, help="only this (default: all)")
-    add("--guidance", type=float, default=1.0, help="classifier-free, s (default: 1)")
-    add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
-    args = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name} {value}: want {low}..{high}".replace("_", "-"))
-    if getattr(args, "width", 8) % 8:
-        fail(f"--width {args.width}: want a multiple of 8")
-    drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)
-    if not args.sample and drawing != (50, 1.0, None, 1.0, None):
-        fail("--steps, --eta, --label, --guidance and --npz go with --sample")
-    return args
+def load_split(config, split, device):
+    """load_images of the config's data set."""
+    path, labels = config["data"] or MNIST, config.get("labels")
+    return load_images(path, split, config["conditional"], labels, device)
 
 
-def check_options(args, path, config):
-    """Fail if an option does not fit the model in path."""
-    fixed = ["batch_size", "width", "schedule", "conditional"]
-    for key in fixed + (["seed"] if args.resume else []):
-        if getattr(args, key, config[key]) != config[key]:
-            option = "--" + key.replace("_", "-")
-            fail(f"{path} was trained with {option} {config[key]}: leave out {option}")
-    if args.label not in (None, *config["labels"]):
-        fail(f"--label {args.label}: the labels in {path} are {config['labels']}")
-    if args.guidance != 1 and not config["labels"]:
-        fail(f"--guidance: {path} was not trained with --conditional")
-    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()
-                     or args.npz.suffix != ".npz"):
-        fail(f"--npz {args.npz}: want a new .npz file, in a folder that exists")
+def open_model(args, path, device):
+    """The Run in path, to sample or evaluate; or fail if an option does not fit."""
+    run = load_run(path, device)
+    check_drawing(args, path, run.config)
+    if args.evaluate and "data" in args:
+        run.config["data"] = args.data
+    run.generator.manual_seed(getattr(args, "seed", 0))
+    return run
 
 
-def run_program(args):
-    """Sample, evaluate or train, as the command line says."""
-    path, loads = args.out / "model.pt", args.resume or args.evaluate or args.sample
-    # MPS lacks log_ndtr, which --evaluate needs.
-    best = "mps" if torch.backends.mps.is_available() and not args.evaluate else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
-    device = torch.device(best if args.device in ("auto", best) else "cpu")
-    if args.device not in ("auto", device.type):
-        print(f"mnist_ddpm: no {args.device} for this, so the CPU", file=sys.stderr)
-    # On a GPU, too, the same seed is to give the same samples.
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if loads:
-        run = load_run(path, device)
-        config = run.config
-        check_options(args, path, config)
-    elif path.exists() and not args.overwrite:
-        fail(f"{path} exists: --resume goes on, --overwrite replaces, or another --out")
-    else:
-        config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
+def open_data(args, config, device):
+    """What to train on; adds what args say and what the data are to config."""
     config.update({key: getattr(args, key) for key in DEFAULTS if key in args})
-    if args.sample or args.evaluate:
-        run.generator.manual_seed(getattr(args, "seed", 0))
-        return evaluate(run) if args.evaluate else sample(run, args)
-
-    x, y, labels = load_images(config, "train", device)
-    facts = {"N": len(x), "shape": list(x.shape[1:]), "labels": labels}
-    if loads and facts != {key: config[key] for key in facts}:
-        fail(f"--data is not what {path} was trained on")
+    x, y, facts = load_split(config, "train", device)
+    # A resumed run has them already; one of an earlier version lacks the checksum.
+    if any(config.get(key, value) != value for key, value in facts.items()):
+        fail("--data is not what the model was trained on")
     if config["batch_size"] > len(x):
         fail(f"--batch-size {config['batch_size']} is more than the {len(x)} images")
     images = args.epochs * len(x) if "epochs" in args else config["images"]
     config.update(facts, images=images, total=math.ceil(images / config["batch_size"]))
-    run = run if loads else Run(config, device)
+    return x, y
+
+
+def open_new(args, path, device):
+    """A new Run, and its data; or fail."""
+    for file in (path, path.with_name("samples.png"), path.with_name("denoising.png")):
+        if file.exists() and not args.overwrite:
+            fail(f"{file} exists: --overwrite replaces it, another --out keeps it, "
+                 "--resume goes on with a run")
+    config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
+    x, y = open_data(args, config, device)
+    run = Run(config, device)
+    if path.exists():
+        run.saved_at = os.stat(path).st_mtime_ns
+    return run, x, y
+
+
+def open_resumed(args, path, device):
+    """The Run in path with the command line's settings, and its data; or fail."""
+    run = load_run(path, device)
+    if run.saved_at is None:
+        fail(f"{path} is only to sample from: it lacks what --resume needs")
+    check_resuming(args, path, run.config)
+    config = dict(run.config)
+    x, y = open_data(args, config, device)
     if run.step > config["total"]:
         fail(f"--epochs {args.epochs} end before step {run.step}, where {path} is")
-    train(run, x, y, args.out)
+    if (config["total"], config["lr"]) != (run.config["total"], run.config["lr"]):
+        kept = path.with_name(f"model-{run.step}.pt")
+        write_file(kept, path.read_bytes())
+        say(f"kept {path} as {kept}")
+    # Is there room? The old settings, still: new ones are saved once they worked.
+    save_run(path, run, torch.zeros(()))
+    run.config = config
+    return run, x, y
+
+
+def choose_device(name):
+    """The torch.device of an option; auto is CUDA, and what is not there is the CPU."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        warn(f"no {name} here, so the CPU")
+        name = "cpu"
+    return torch.device(name)
+
+
+def run_program(args):
+    """Sample, evaluate or train, as the command line says."""
+    path, device = args.out / "model.pt", choose_device(args.device)
+    if args.sample:
+        sample(open_model(args, path, device), args)
+    elif args.evaluate:
+        # MPS lacks log_ndtr.
+        device = torch.device("cpu") if device.type == "mps" else device
+        evaluate(open_model(args, path, device))
+    elif args.resume:
+        train(*open_resumed(args, path, device), path)
+    else:
+        train(*open_new(args, path, device), path)
 
 
 def main(argv=None):
-    """The command line; see the module's docstring."""
-    warnings.simplefilter("ignore")             # torch warns of foreign checkpoints
-    try:
+    """The command line; see the module's docstring. It leaves the process as it was."""
+    full = "lower --batch-size or --width, or take fewer images"
+    with settings(), errors_in_one_line(if_memory_is_full=full):
         run_program(parse_arguments(argv))
-        print(end="", flush=True)               # a full disk shows here
-    except OSError as error:
-        sys.stdout = None                       # or Python writes to it once more
-        fail(f"cannot write: {error}")
-    except torch.OutOfMemoryError:
-        fail("the GPU's memory is full: lower --batch-size or --width")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

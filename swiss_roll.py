@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpm_min import GaussianDiffusion, encode_png, gaussian_kl
+from ddpm_min import GaussianDiffusion, gaussian_kl
+from images import encode_png
 
 T = 40                                                          # App. D.1.1
 

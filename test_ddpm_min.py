@@ -1,23 +1,9 @@
 """Proofs of ddpm_min.py: the identities of Ho et al. 2020 (arXiv 2006.11239). Each test
 compares one with the paper's formula or a first principle, in float64: closed forms to
-1e-10, estimates to five standard errors.
+1e-10, estimates to five standard errors. docs/derivations.md says why each holds, and
+which test proves it. On a GPU, with other draws:
 
-identity                                       where                    test_...
-index 0 is the data; float32 keeps 1 - abar    Sec. 2                   buffers
-q(x_t | x0) composes q(x_t | x_{t-1})          Eqs. 2, 4                q_sample
-q(x_{t-1} | x_t, x0) by Bayes' rule            Eqs. 6, 7                posterior
-its mean, from x_t and eps                     Eq. 10                   posterior_mean
-x0 and eps from each other                     Eq. 15                   predict
-E[eps | x_t] gives the gradient of log q(x_t)  Sec. 3.2                 score
-the loss; t uniform on 1..T, eps ~ N(0, I)     Eq. 14, Algorithm 1      loss, loss_draws
-L_{t-1}, a weighted error of eps               Eqs. 8, 12               L_t, kl
-L_0, the decoder's                             Eq. 13                   L_0, decoder
-L_T, the KL to N(0, I)                         Eq. 5                    L_T
-their sum without bias, its error true         Eq. 5                    bits_per_dim
-one reverse step                               Algorithm 2              algorithm_2
-one step with strides, eta, clipping           Song 2021, Eqs. 12, 16   ddim
-the chain from T to 0, its spacing             Algorithm 2              sample, times
-Gaussian data and fine grain come out          first principles         gaussian, grain
+    DEVICE=cuda SEED_OFFSET=1 pytest test_ddpm_min.py
 """
 import math
 import os
@@ -29,88 +15,90 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_min import (GaussianDiffusion, cosine_schedule, discretised_log_likelihood,
-                      gaussian_kl, laplace_schedule, linear_schedule)
+from ddpm_min import GaussianDiffusion, gaussian_kl, linear_schedule
 
-T = 50
+DEVICE = os.environ.get("DEVICE", "cpu")
 HALF = 1 / 255                  # of the distance between the levels of 8-bit data
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+randn = partial(torch.randn, dtype=torch.float64, device=DEVICE)
 
 
-def seeded(n, device="cpu"):
+def seeded(n, device=DEVICE):
     """The generator of the n-th draw; SEED_OFFSET=1 (2, 3, ...) draws all anew."""
     offset = int(os.environ.get("SEED_OFFSET", "0"))
-    return torch.Generator(device).manual_seed(n + offset)
+    return torch.Generator(device).manual_seed(n + 1000 * offset)
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
-def symbols(request):
-    """Make every test's symbols anew, on each device. beta[t], alpha[t], alpha_bar[t],
-    signal[t] and noise[t] are columns, index 0 the data; t is all of 1, ..., T, with a
-    row of x0, of eps and of x_t for each. The generator draws will draw eps again."""
-    global device, randn, draws, diffusion, t, x0, eps, x_t
-    global beta, alpha, alpha_bar, signal, noise
-    device = request.param
-    randn = partial(torch.randn, dtype=torch.float64, device=device)
-    draws = seeded(1, device)
-    betas = torch.linspace(0.002, 0.3, T, dtype=torch.float64, device=device)
-    diffusion = GaussianDiffusion(betas, torch.float64)
-    beta = F.pad(betas, (1, 0))[:, None]
-    alpha = 1 - beta
-    alpha_bar = torch.cumprod(alpha, 0)
-    signal = alpha_bar.sqrt()
-    noise = (1 - alpha_bar).sqrt()
-    t = torch.arange(1, T + 1, device=device)
-    x0 = randn(T, 3, generator=seeded(0, device)).tanh()
-    eps = randn(T, 3, generator=seeded(1, device))
-    x_t = signal[t] * x0 + noise[t] * eps
+# The paper's symbols. Row t of beta, alpha, alpha_bar, signal and noise belongs to t,
+# row 0 to the data. t is 1, ..., T, with a row of x0, eps and x_t for each, images of
+# 2 x 2 pixels. A generator seeded(1) draws eps again.
+T = 50
+betas = torch.linspace(0.002, 0.3, T, dtype=torch.float64, device=DEVICE)
+beta = F.pad(betas, (1, 0)).reshape(T + 1, 1, 1, 1)
+alpha = 1 - beta
+alpha_bar = torch.cumprod(alpha, 0)
+signal = alpha_bar.sqrt()
+noise = (1 - alpha_bar).sqrt()
+t = torch.arange(1, T + 1, device=DEVICE)
+x0 = randn(T, 1, 2, 2, generator=seeded(0)).tanh()
+eps = randn(T, 1, 2, 2, generator=seeded(1))
+x_t = signal[t] * x0 + noise[t] * eps
+diffusion = GaussianDiffusion(betas, torch.float64)
 
 
-def some_model(x_t, t, y=0):
-    """Some eps that depends on x_t, t and y; few identities ask for a good one."""
-    return 0.3 * x_t + (t + y)[:, None].double() / T
+def some_model(x, n, y=0):
+    """Some eps of x at t = n, and y; few identities ask for a good one."""
+    shift = torch.as_tensor(n + y).double() / T
+    return 0.3 * x + shift.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def q(t, x0):
-    """q(x_t | x0), Eq. 4."""
-    return Normal(signal[t] * x0, noise[t])
+def q(n, x):
+    """q(x_n | x0 = x), Eq. 4."""
+    return Normal(signal[n] * x, noise[n])
 
 
-def beta_tilde(t):
-    """The variance of q(x_{t-1} | x_t, x0), Eq. 7."""
-    return (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta[t]
+def q_step(n, x):
+    """q(x_n | x_{n-1} = x), Eq. 2."""
+    return Normal(alpha[n].sqrt() * x, beta[n].sqrt())
 
 
-def implied(x_t, t, eps, clip=False):
-    """The x0 that eps implies (Eq. 15), clipped or not, and the eps of that x0."""
-    x0 = (x_t - noise[t] * eps) / signal[t]
-    x0 = x0.clamp(-1, 1) if clip else x0
-    return x0, (x_t - signal[t] * x0) / noise[t]
+def mean_by_eps(n, x, model_eps):
+    """The mean of x_{n-1} given x_n = x and its eps, Eqs. 10, 11."""
+    step = beta[n] / noise[n] * model_eps
+    return (x - step) / alpha[n].sqrt()
 
 
-def exact_eps(x_t, bar, mean, var):
-    """E[eps | x_t] of data x0 ~ N(mean, var): the linear regression of eps on x_t. Here
-    bar = alpha_bar_t; the covariance of eps and x_t is sqrt(1 - bar)."""
+def beta_tilde(n):
+    """The variance of q(x_{n-1} | x_n, x0), Eq. 7."""
+    return (1 - alpha_bar[n - 1]) / (1 - alpha_bar[n]) * beta[n]
+
+
+def implied(x, n, model_eps, clip=True):
+    """The x0 that eps implies at x (Eq. 15), clipped or not, and the eps of that x0."""
+    x0_model = (x - noise[n] * model_eps) / signal[n]
+    if clip:
+        x0_model = x0_model.clamp(-1, 1)
+    eps_model = (x - signal[n] * x0_model) / noise[n]
+    return x0_model, eps_model
+
+
+def exact_eps(x, bar, mean, var):
+    """E[eps | x_t = x] of data x0 ~ N(mean, var): the linear regression of eps on x_t.
+    Here bar = alpha_bar_t; the covariance of eps and x_t is sqrt(1 - bar)."""
     var_t = bar * var + 1 - bar
-    return (1 - bar).sqrt() / var_t * (x_t - bar.sqrt() * mean)
-
-
-def log_Phi(z):
-    """The log of the normal CDF, by a scaled erfc that does not underflow."""
-    scaled = torch.special.erfcx(-z / math.sqrt(2)) / 2
-    return scaled.log() - z**2 / 2
+    slope = (1 - bar).sqrt() / var_t
+    return slope * (x - bar.sqrt() * mean)
 
 
 def test_buffers():
     """beta_0 = 0, alpha_bar_0 = 1; 1 - alpha_bar_1 = 1e-4 keeps its float32 digits."""
-    betas = linear_schedule()
+    b = linear_schedule()
 
-    ours = list(GaussianDiffusion(betas).buffers())
+    ours = list(GaussianDiffusion(b).buffers())
 
-    beta = F.pad(betas, (1, 0))
-    bar = torch.cumprod(1 - beta, 0)
-    oracle = torch.stack([beta, 1 - beta, bar, 1 - bar])
+    b = F.pad(b, (1, 0))
+    bar = torch.cumprod(1 - b, 0)
+    oracle = torch.stack([b, 1 - b, bar, 1 - bar])
     assert_close(ours, list(oracle.float()), rtol=1e-5, atol=0)
 
 
@@ -128,91 +116,134 @@ def test_q_sample():
 
 def test_posterior():
     """Bayes: q(x_{t-1} | x_t, x0) = q(x_t | x_{t-1}) q(x_{t-1} | x0) / q(x_t | x0)."""
-    s, x_0, x_s = t[1:], x0[1:], x_t[1:]                # at t = 1 there is no density
+    n, x, x_n = t[1:], x0[1:], x_t[1:]                  # at t = 1 there is no density
     x_prev = eps[1:]                                    # any points will do
 
-    mean, var = diffusion.q_posterior(x_0, x_s, s)
+    mean, var = diffusion.q_posterior(x, x_n, n)
     ours = Normal(mean, var.sqrt()).log_prob(x_prev)
 
-    step = Normal(alpha[s].sqrt() * x_prev, beta[s].sqrt())     # Eq. 2
-    likelihood = step.log_prob(x_s)
-    prior = q(s - 1, x_0).log_prob(x_prev)
-    evidence = q(s, x_0).log_prob(x_s)
+    likelihood = q_step(n, x_prev).log_prob(x_n)
+    prior = q(n - 1, x).log_prob(x_prev)
+    evidence = q(n, x).log_prob(x_n)
     assert_close(ours, likelihood + prior - evidence)
 
 
 def test_posterior_mean():
-    """The posterior's mean from x_t and the true eps, Eq. 10; at t = 1 it is x0."""
-    ours, _ = diffusion.q_posterior(x0, x_t, t)
-    step = beta[t] / noise[t] * eps
-    assert_close(ours, (x_t - step) / alpha[t].sqrt())
+    """The posterior's mean from x_t and the true eps, Eq. 10; at t = 1 it is the point
+    x_0, without variance."""
+    mean, var = diffusion.q_posterior(x0, x_t, t)
+
+    assert_close(mean, mean_by_eps(t, x_t, eps))
+    assert_close(mean[0], x0[0])
+    assert var[0] == 0
 
 
 def test_predict():
     """x_t and the true eps give x0 back, x_t and x0 give eps back, Eq. 15."""
     ours_x0 = diffusion.predict_x0(x_t, t, eps)
     ours_eps = diffusion.predict_eps(x_t, t, x0)
+
     assert_close([ours_x0, ours_eps], [x0, eps])
 
 
 def test_score():
     """-E[eps | x_t] / sqrt(1 - alpha_bar_t) is the gradient of log q(x_t)."""
-    def model(x_t, t):
-        return exact_eps(x_t, alpha_bar[t], 0.4, 0.09)
+    def model(x, n):
+        return exact_eps(x, alpha_bar[n], 0.4, 0.09)
 
     ours = diffusion.score(model, x_t, t)
 
-    x_t.requires_grad_()
+    x = x_t.clone().requires_grad_()
     var = alpha_bar[t] * 0.09 + noise[t] ** 2
-    log_q = Normal(signal[t] * 0.4, var.sqrt()).log_prob(x_t)
+    log_q = Normal(signal[t] * 0.4, var.sqrt()).log_prob(x)
     log_q.sum().backward()
-    assert_close(ours, x_t.grad)
+    assert_close(ours, x.grad)
 
 
 def test_loss():
     """A model that knows eps and errs by y, here 1, ..., T, has the loss mean y^2."""
-    def model(x_t, t, y):
-        eps = (x_t - signal[t] * x0) / noise[t]
-        return eps + y[:, None]
+    def model(x, n, y):
+        true = (x - signal[n] * x0) / noise[n]
+        return true + y.reshape(T, 1, 1, 1)
 
-    ours = diffusion.loss(model, x0, t, generator=draws)
+    ours = diffusion.loss(model, x0, t, seeded(2))
+
     assert_close(ours, t.double().square().mean())
 
 
 def test_loss_draws():
-    """t is uniform on 1, ..., T, and eps ~ N(0, I), so that its CDF is uniform too."""
+    """t is uniform on 1, ..., T, each part of eps is N(0, 1), so that its CDF is
+    uniform too, and all are independent: within a point, from one to the next, and from
+    the first half to the second."""
     seen = []
 
-    def model(x_t, t):
-        seen.extend([t, x_t / noise[t]])                # this is eps, as x0 = 0
-        return x_t
+    def model(x, n):
+        seen.extend([n, x / noise[n]])                  # this is eps, as x0 = 0
+        return x
 
-    diffusion.loss(model, 0 * x0.repeat(1000, 1), generator=draws)
+    diffusion.loss(model, 0 * x0.repeat(1000, 1, 1, 1), generator=seeded(2))
 
-    t, eps = seen
-    bins = T * Normal(0, 1).cdf(eps[:, 0])
-    counts = torch.stack([t.bincount()[1:], bins.long().bincount()])
-    z = (counts - 1000) / math.sqrt(1000)
-    assert z.abs().max() < 5
+    times, draws = seen[0][:, None], seen[1].flatten(1)
+    cells = T * Normal(0, 1).cdf(draws)
+    cells = torch.cat([times - 1, cells.long()], dim=1)     # (1000 T, 5), all in 0..T-1
+    counts = torch.stack([cell.bincount(minlength=T) for cell in cells.T])
+    chi_square = ((counts - 1000) ** 2 / 1000).sum(1)       # of T - 1 = 49 degrees
+    points = torch.cat([times, draws], dim=1)
+    others = [draws**2, points.roll(1, dims=0), points.roll(500 * T, dims=0)]
+    correlation = torch.cat([points, *others], dim=1).T.corrcoef().triu(1)
+    correlation[1:5, 5:9].fill_diagonal_(0)             # of an eps and its own square
+    assert chi_square.min() > 15 and chi_square.max() < 110     # 1e-6 beyond each
+    assert correlation.abs().max() < 5 / math.sqrt(len(points))
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": True}])
+def test_bound():
+    """E[-log p(x_T) - sum_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1})], Eq. 3, is Eq. 5's
+    sum: on the chain's first four steps, from one x0, by 100,000 paths."""
+    chain = GaussianDiffusion(betas[:4], torch.float64)
+    x = torch.full((100000, 1, 1, 1), 51 / 255, dtype=torch.float64, device=DEVICE)
+
+    eq_5 = chain.prior_kl(x)
+    for n in range(1, 5):
+        times = torch.full((100000,), n, device=DEVICE)
+        eq_5 += chain.vlb(some_model, x, times, clip=False, generator=seeded(n))
+
+    draws = seeded(5)
+    x_prev, eq_3 = x, 0
+    for n in range(1, 5):
+        step = q_step(n, x_prev)
+        x_n = step.mean + step.stddev * randn(x.shape, generator=draws)
+        mean = mean_by_eps(n, x_n, some_model(x_n, n))
+        p = Normal(mean, beta_tilde(max(n, 2)).sqrt())
+        mass = p.cdf(x + HALF) - p.cdf(x - HALF)
+        log_p = mass.log() if n == 1 else p.log_prob(x_prev)
+        eq_3 += step.log_prob(x_n) - log_p
+        x_prev = x_n
+    eq_3 -= Normal(0, 1).log_prob(x_prev)
+
+    error = math.sqrt((eq_5.var() + eq_3.var()) / 100000)
+    assert_close(eq_5.mean(), eq_3.mean(), rtol=0, atol=5 * error)
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": False}])
 def test_L_t(options):
     """L_{t-1} is Eq. 12's weighted error of eps, with sigma_t^2 = beta~_t; t > 1."""
-    ours = diffusion.vlb(some_model, x0, t, y=t, generator=draws, **options)
+    ours = diffusion.vlb(some_model, x0, t, t, generator=seeded(1), **options)
 
     var = beta_tilde(t)
-    weight = beta[t] ** 2 / (2 * var * alpha[t] * noise[t] ** 2)
-    _, eps_model = implied(x_t, t, some_model(x_t, t, t), **options)
-    oracle = weight * (eps - eps_model) ** 2
-    assert_close(ours[1:], oracle[1:].sum(1))
+    weight = beta[t] ** 2 / (2 * var * alpha[t] * (1 - alpha_bar[t]))
+    model_eps = some_model(x_t, t, t)
+    _, model_eps = implied(x_t, t, model_eps, **options)
+    oracle = weight * (eps - model_eps) ** 2
+    assert_close(ours[1:], oracle[1:].sum((1, 2, 3)))
 
 
 def test_L_0():
     """L_0 = -log of the mass in x0 +- 1/255, Eq. 13, with sigma_1^2 = beta~_2."""
-    ours = diffusion.vlb(some_model, x0, t, generator=draws)
+    ours = diffusion.vlb(some_model, x0, t, generator=seeded(1))
 
-    mean, _ = implied(x_t, t, some_model(x_t, t))
+    model_eps = some_model(x_t, t)
+    mean, _ = implied(x_t, t, model_eps)
     p = Normal(mean[0], beta_tilde(2).sqrt())
     mass = p.cdf(x0[0] + HALF) - p.cdf(x0[0] - HALF)
     assert_close(ours[0], -mass.log().sum())
@@ -220,9 +251,10 @@ def test_L_0():
 
 def test_L_T():
     """L_T = KL(q(x_T | x0) || N(0, I)), summed over all dimensions."""
-    ours = diffusion.prior_kl(x0.reshape(T, 3, 1))
+    ours = diffusion.prior_kl(x0)
+
     kl = kl_divergence(q(T, x0), Normal(0 * x0, 1))
-    assert_close(ours, kl.sum(1))
+    assert_close(ours, kl.sum((1, 2, 3)))
 
 
 def test_kl():
@@ -230,74 +262,69 @@ def test_kl():
     a, b = Normal(x0, 0.2 + eps**2), Normal(x_t, noise[t])
 
     ours = gaussian_kl(a.mean, a.variance, b.mean, b.variance)
+
     assert_close(ours, kl_divergence(a, b))
 
 
-@pytest.mark.parametrize("mean, std", [(0.1, 0.005), (-0.99, 0.06), (1.3, 0.2), (0, 2)])
-def test_decoder(mean, std):
-    """Eq. 13: the mass in x0 +- 1/255, at the ends all beyond; they sum to 1."""
-    x0 = torch.arange(256, device=device).double() / 127.5 - 1
+@pytest.mark.parametrize("n", [1, 2, 25, T])
+def test_algorithm_2(n):
+    """Line 4 of Algorithm 2, with sigma_t^2 = beta~_t, if x0 is not clipped."""
+    x = 3 * x_t                                         # any will do
 
-    ours = discretised_log_likelihood(x0, mean, torch.full_like(x0, std**2))
+    ours = diffusion.p_sample(some_model, x, n, clip=False, generator=seeded(1))
 
-    d = (x0 - mean).abs()                               # Phi(-z) = 1 - Phi(z)
-    near = log_Phi((HALF - d) / std)
-    far = log_Phi((-HALF - d) / std)
-    oracle = near + torch.log1p(-torch.exp(far - near))
-    oracle[0] = log_Phi((x0[0] + HALF - mean) / std)
-    oracle[255] = log_Phi((mean - x0[255] + HALF) / std)
-    assert_close(ours, oracle)
-    assert_close(ours.exp().sum().item(), 1.0)
+    mean = mean_by_eps(n, x, some_model(x, n))
+    assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
 
 
-def test_bits_per_dim():
-    """Over 200 data sets, (estimate - Eq. 5) / its error has mean 0 and deviation 1."""
-    chain = GaussianDiffusion(beta[1:7, 0], torch.float64)
-    levels = 127.5 + 40 * randn(200, 400, 2, generator=draws)
-    data = levels.round().clamp(0, 255) / 127.5 - 1
-    labels = (data[..., 0] > 0) * 20
+@pytest.mark.parametrize("n", [1, 2, 25, T])
+def test_clip(n):
+    """By default the step draws from q(x_{t-1} | x_t, x0), Eqs. 6 and 7, at the model's
+    clipped x0."""
+    x = 3 * x_t
 
-    estimate = partial(chain.bits_per_dim, some_model, batch_size=300, generator=draws)
-    ours = [estimate(x0, y) for x0, y in zip(data, labels)]
+    ours = diffusion.p_sample(some_model, x, n, generator=seeded(1))
 
-    x0, y = data.flatten(0, 1), labels.flatten()
-    nats = chain.prior_kl(x0)
-    for t in range(1, 7):
-        t = torch.full_like(y, t)
-        nats += chain.vlb(some_model, x0, t, y, generator=draws)
-    truth = nats.mean().item() / (2 * math.log(2))
-    bits, error = torch.tensor(ours).T
-    z = (bits - truth) / error
-    moments = [z.mean().item(), z.std().item()]
-    assert_close(moments, [0.0, 1.0], rtol=0, atol=0.4)    # 5 / sqrt(200), skew
-
-
-@pytest.mark.parametrize("t", [1, 2, 25, T])
-def test_algorithm_2(t):
-    """p_sample(clip=False) is Algorithm 2's step, with sigma_t^2 = beta~_t."""
-    state = 3 * x_t                                     # any will do
-    ours = diffusion.p_sample(some_model, state, t, clip=False, generator=draws)
-
-    eps_model = 0.3 * state + t / T
-    mean = (state - beta[t] / noise[t] * eps_model) / alpha[t].sqrt()
-    z = eps if t > 1 else 0
-    assert_close(ours, mean + beta_tilde(t).sqrt() * z)
+    x0_model, _ = implied(x, n, some_model(x, n))
+    weight_0 = signal[n - 1] * beta[n] / noise[n] ** 2
+    weight_t = alpha[n].sqrt() * noise[n - 1] ** 2 / noise[n] ** 2
+    mean = weight_0 * x0_model + weight_t * x
+    assert x0_model.abs().max() == 1
+    assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0, 0.5, 1])
-@pytest.mark.parametrize("t, t_prev", [(T, T - 1), (T, 0), (30, 7), (1, 0)])
-def test_ddim(t, t_prev, eta, clip):
+@pytest.mark.parametrize("n, n_prev", [(T, T - 1), (T, 0), (30, 7), (1, 0)])
+def test_ddim(n, n_prev, eta, clip):
     """p_sample is Eq. 12 of Song et al., with the eps of the x0 that was clipped."""
-    state = 3 * x_t                                     # any will do
-    ours = diffusion.p_sample(some_model, state, t, t_prev, eta, clip, draws)
+    x = 3 * x_t
 
-    ratio = alpha_bar[t] / alpha_bar[t_prev]
-    sigma = eta * noise[t_prev] / noise[t] * (1 - ratio).sqrt()     # their Eq. 16
-    x0, eps_model = implied(state, t, 0.3 * state + t / T, clip)
-    direction = (noise[t_prev] ** 2 - sigma**2).sqrt()
-    mean = signal[t_prev] * x0 + direction * eps_model
-    assert_close(ours, mean + sigma * eps)
+    ours = diffusion.p_sample(some_model, x, n, n_prev, eta, clip, seeded(1))
+
+    ratio = alpha_bar[n] / alpha_bar[n_prev]
+    sigma = eta * noise[n_prev] / noise[n] * (1 - ratio).sqrt()     # their Eq. 16
+    x0_model, model_eps = implied(x, n, some_model(x, n), clip)
+    direction = (noise[n_prev] ** 2 - sigma**2).sqrt() * model_eps
+    assert_close(ours, signal[n_prev] * x0_model + direction + sigma * eps)
+
+
+@pytest.mark.parametrize("eta", [0, 0.5, 1])
+def test_marginals(eta):
+    """With the eps of one x0, x_t ~ q(x_t | x0) goes to x_s ~ q(x_s | x0) for every eta
+    (Song et al. 2021, Lemma 1); over two strides."""
+    def model(x, n):
+        return (x - signal[n] * 0.7) / noise[n]
+
+    draws = seeded(3)
+    x = signal[40] * 0.7 + noise[40] * randn(40000, 1, 1, 1, generator=draws)
+    for n, n_prev in [(40, 21), (21, 5)]:
+        x = diffusion.p_sample(model, x, n, n_prev, eta, False, draws)
+
+    mean_error = noise[5] / math.sqrt(40000)
+    std_error = noise[5] / math.sqrt(2 * 40000)
+    assert (x.mean() - signal[5] * 0.7).abs() < 5 * mean_error
+    assert (x.std() - noise[5]).abs() < 5 * std_error
 
 
 @pytest.mark.parametrize("steps, times, options", [
@@ -305,46 +332,14 @@ def test_ddim(t, t_prev, eta, clip):
     (7, [50, 40, 30, 22, 14, 8, 3, 0], {"eta": 0.5, "clip": False})])
 def test_sample(steps, times, options):
     """p_sample from x_T ~ N(0, I) on, at t = T (i/S)^1.5, whatever is done to x."""
-    ours = []
-    for x in diffusion.sample(some_model, (T, 3), steps, generator=draws, **options):
+    ours, shape = [], (T, 1, 2, 2)
+    for x in diffusion.sample(some_model, shape, steps, generator=seeded(1), **options):
         ours.append(x.clone())
         x.fill_(9)
 
-    again = seeded(1, device)
-    oracle = [randn(T, 3, generator=again)]
+    again = seeded(1)
+    oracle = [randn(shape, generator=again)]
     step = partial(diffusion.p_sample, some_model, generator=again, **options)
-    for t, t_prev in pairwise(times):
-        oracle.append(step(oracle[-1], t, t_prev))
+    for n, n_prev in pairwise(times):
+        oracle.append(step(oracle[-1], n, n_prev))
     assert_close(ours, oracle)
-
-
-@pytest.mark.parametrize("S", range(1, T + 1))
-def test_times(S):
-    """S steps have S times, as p_sample refuses a step from t to t; S = T takes all."""
-    states = list(diffusion.sample(some_model, (1, 3), S))
-    assert len(states) == S + 1
-
-
-def sampled(betas, mean, std, **options):
-    """4,000 samples by the exact model of data x0 ~ N(mean, std^2)."""
-    chain = GaussianDiffusion(betas, torch.float64).to(device)
-
-    def model(x_t, t):
-        return exact_eps(x_t, chain.alpha_bar[t[0]], mean, std**2)
-
-    states = chain.sample(model, (4000, 1), clip=False, generator=draws, **options)
-    return list(states)[-1]
-
-
-@pytest.mark.parametrize("eta", [0, 1])
-def test_gaussian(eta):
-    """With the exact eps Gaussian data come out; steps cost 1 % of the deviation."""
-    x = sampled(cosine_schedule(), 0.4, 0.3, eta=eta)
-    moments = [x.mean().item(), x.std().item()]
-    assert_close(moments, [0.4, 0.3], rtol=0, atol=0.024)  # 5 * 0.3 / sqrt(4000)
-
-
-def test_grain():
-    """50 steps of 1000 keep over half of fine texture (evenly spaced, a third)."""
-    x = sampled(laplace_schedule(), 0, 20 / 127.5, steps=50)
-    assert x.std() > 0.55 * 20 / 127.5

@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from ddpm_min import GaussianDiffusion, UNet, linear_schedule
+from ddpm_min import GaussianDiffusion, linear_schedule
 from test_readme import ROOT, seed
 from test_recipes import (
     CODE, EXACT, MEAN, SET_UP, exact_eps, folder, ignore, marginal, run)
+from unet import UNet
 
 
 def wake(model):

@@ -3,7 +3,6 @@ that draw. Oracles are Gaussian data, whose eps is known exactly."""
 import re
 import sys
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,7 @@ MEAN, STD = -0.2, 0.1           # of Gaussian data, whose eps is known exactly
 CODE = blocks(RECIPES)
 TESTS = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
 SET_UP = {}
-for chapter in ("Set-up", "Noise levels", "Fewer steps", "One training loop"):
+for chapter in ("Set-up", "Noise levels", "One training loop"):
     exec("\n".join(CODE[chapter]), SET_UP)
 
 
@@ -38,14 +37,16 @@ def run(heading, **replaced):
     return SimpleNamespace(**names)
 
 
-def every_t(start, steps):
-    """In place of `times`: no strides."""
-    return list(range(start, -1, -1))
+class EveryT(GaussianDiffusion):
+    """Its chains have no strides, however many steps are asked for."""
+    def times(self, steps):
+        return super().times(self.T)
 
 
-def ten_strides(start, steps):
-    """In place of `times`: long ones."""
-    return SET_UP["times"](start, 10)
+class TenStrides(GaussianDiffusion):
+    """Its chains have long ones."""
+    def times(self, steps):
+        return super().times(10)
 
 
 def ignore(name, *rows):
@@ -77,7 +78,8 @@ def labelled_eps(x_t, t, y=None):
 
 
 exact = {"diffusion": EXACT, "model": labelled_eps, "save_picture": ignore}
-run_exact = partial(run, times=every_t, **exact)
+EVERY_T = EveryT(linear_schedule(), torch.float64)
+run_exact = partial(run, **{**exact, "diffusion": EVERY_T})
 
 
 def assert_normal(x, mean, std, bias=0.0):
@@ -144,21 +146,6 @@ def test_noise_levels_are_those_of_the_table(capsys):
     assert ours.t_of_noise(EXACT, linear[3] - 1e-6) == 500
 
 
-def test_times_are_those_of_sample():
-    seen = []
-
-    def model(x_t, t):
-        seen.append(t.item())
-        return x_t
-
-    for x in SET_UP["diffusion"].sample(model, (1, 1), steps=50):
-        pass
-    assert SET_UP["times"](1000, 50) == [*seen, 0]
-    falling = SET_UP["times"](300, 250)
-    assert falling[0] == 300 and falling[-1] == 0
-    assert all(t > t_prev for t, t_prev in pairwise(falling))
-
-
 def test_labels_and_guidance_reach_the_drawing():
     """Guided, a Gaussian's mean is that without label plus s times the difference."""
     seed(1)
@@ -187,7 +174,7 @@ def test_img2img_of_a_gaussian():
 def test_inpainting_keeps_the_known_and_fits_the_new_to_it():
     """The model knows images of one grey value: the new half takes that of the old."""
     seed(3)
-    diffusion = GaussianDiffusion(linear_schedule(50, 0.002, 0.4), torch.float64)
+    diffusion = EveryT(linear_schedule(50, 0.002, 0.4), torch.float64)
 
     def model(x_t, t, y):
         grey = x_t.mean(-1, keepdim=True) / diffusion.alpha_bar[t[0]].sqrt()
@@ -196,7 +183,7 @@ def test_inpainting_keeps_the_known_and_fits_the_new_to_it():
     greys = torch.linspace(-0.5, 0.5, 100).double().reshape(100, 1, 1, 1)
     x0 = greys.expand(100, 1, 1, 28)
     world = {"diffusion": diffusion, "model": model, "x0": x0, "save_picture": ignore}
-    x = run("Inpainting", times=every_t, **world).x
+    x = run("Inpainting", **world).x
     assert_close(x[..., :14], x0[..., :14])
     assert (x - x0)[..., 14:].std() < 0.02
 
@@ -213,7 +200,8 @@ def test_inpainting_goes_back_by_the_whole_stride():
         return exact_eps(MEAN, x_t, t)
 
     x0 = MEAN + STD * torch.randn(200, 1, 1, 28).double()
-    run("Inpainting", times=ten_strides, x0=x0, **{**exact, "model": model})
+    world = {"model": model, "diffusion": TenStrides(linear_schedule(), torch.float64)}
+    run("Inpainting", x0=x0, **{**exact, **world})
     assert len(shares) == 50
     assert min(shares) > 0.7
     assert max(shares) < 1.2
@@ -228,7 +216,7 @@ def test_ode_maps_noise_to_the_exact_image_and_back():
     law_T = Normal(*marginal(mean, torch.full((500,), 1000), x_T))
     exact_x = mean + STD * (x_T - law_T.mean) / law_T.stddev
     ours = run("Probability-flow ODE", **exact)
-    x = ours.follow_ode(partial(labelled_eps, y=y), x_T, every_t(1000, 1000))
+    x = ours.follow_ode(partial(labelled_eps, y=y), x_T, EXACT.times())
     assert_close(x, exact_x, atol=0.1 * STD, rtol=0)
     ours = run_exact("Inversion", x0=exact_x, y=y, follow_ode=ours.follow_ode)
     assert_close(ours.x_T, x_T, atol=0.1, rtol=0)
@@ -267,4 +255,4 @@ def test_notebook_shows_the_chain(monkeypatch):
     run("In a notebook")
     (png,) = shown
     assert int.from_bytes(png[41:45], "big") == 51
-    assert png[16:24] == bytes([0, 0, 0, 8 * 28, 0, 0, 0, 2 * 28])
+    assert png[16:24] == bytes([0, 0, 0, 4 * 28, 0, 0, 0, 4 * 28])
