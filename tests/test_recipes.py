@@ -207,8 +207,8 @@ def test_inpainting_goes_back_by_the_whole_stride():
     assert max(shares) < 1.2
 
 
-def test_ode_maps_noise_to_the_exact_image_and_back():
-    """A Gaussian keeps its quantiles along the ODE."""
+def test_ode_maps_noise_to_the_exact_image():
+    """A Gaussian keeps its quantiles along the ODE, down and up."""
     seed(4)
     y = torch.arange(500) % 10
     mean = mean_of_label(y)[:, None]
@@ -233,9 +233,14 @@ def test_slerp_keeps_the_length_that_noise_has():
     assert lengths.max() < 1.01 * max(ours.a.norm(), ours.b.norm())
 
 
-def test_annealed_langevin_draws_the_data():
-    """And before its end has the noise of the last level on it."""
+def test_langevin_leaves_mean_and_variance_in_place_and_draws_the_data():
+    """And what it draws has, before its end, the noise of the last level on it."""
     seed(6)
+    x0 = MEAN + STD * torch.randn(20000, 1).double()
+    ours = run_exact("Langevin correction", x0=x0)
+    mean, std = marginal(MEAN, ours.t[:1], x0)
+    assert_normal(ours.x_t, mean.item(), std.item())
+
     x0 = torch.zeros(1000, 1).double()
     ours = run("Annealed Langevin sampling", x0=x0, **exact)
     assert_normal(ours.x, MEAN, STD, bias=0.1 * STD)
