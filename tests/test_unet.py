@@ -174,6 +174,7 @@ def test_bfloat16_network(device):
     assert_close(ours, oracle, rtol=0, atol=0.1 * scale)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("inputs", ["x t", "x t y"])
 def test_traced(inputs):
     """torch.export, a compiled whole graph and vmap, with labels and without."""
