@@ -40,7 +40,7 @@ def parse_arguments(argv):
     add("--sample", type=whole(1, 10**6), help="draw so many with --out's model")
     group = parser.add_argument_group("training")
     add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--epochs", type=real(1e-9, 1e6), help="default: 240,000 images' worth, "
+    add("--epochs", type=real(1e-9, 1e6), help="default: 280,000 images' worth, "
         "on CUDA 1,800,000")
     add("--batch-size", type=whole(1, 10**6), help="default: 32, on CUDA 256")
     add("--lr", type=real(1e-9, 1e6), help="of AdamW (default: 0.0025)")

@@ -30,9 +30,10 @@ from program import (
     run_as_process, say, settings, signals_wait, write_file, write_or_wait)
 from unet import UNet
 
-DEFAULTS = {"images": 240_000, "batch_size": 32, "lr": 2.5e-3, "width": 32, "seed": 0,
-            "schedule": "laplace", "conditional": False, "data": None}
-CUDA_DEFAULTS = {**DEFAULTS, "images": 1_800_000, "batch_size": 256, "width": 96}
+DEFAULTS = {"images": 280_000, "batch_size": 32, "width": 32, "beta_2": 0.95,
+            "lr": 2.5e-3, "seed": 0, "schedule": "laplace", "conditional": False,
+            "data": None}
+CUDA = {"images": 1_800_000, "batch_size": 256, "width": 96, "beta_2": 0.99}
 
 
 class Run:
@@ -51,8 +52,9 @@ class Run:
         layout = torch.contiguous_format if cuda else torch.channels_last
         self.model = model.to(device, memory_format=layout)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        adam_betas = 0.9, config.get("beta_2", 0.99)    # older checkpoints: 0.99
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
+            self.model.parameters(), betas=adam_betas, weight_decay=0, fused=True)
         # Where a GPU has bfloat16 the networks compute in it; the weights stay float32.
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast = partial(
@@ -106,8 +108,7 @@ def load_run(path, device):
         raise
     except Exception as error:  # torch knows a dozen for broken, foreign files
         fail(f"cannot read {path}: {error!r:.80}")
-    # The fused AdamW takes its moments to lie in memory as the weights do, which are
-    # contiguous on CUDA and channels-last on the CPU.
+    # The fused AdamW takes its moments to lie in memory as the weights do.
     for weight, moments in run.optimiser.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(weight).copy_(moments[name])
@@ -144,9 +145,8 @@ def learning_rate(step, total, peak):
 
 
 def capture(run):
-    """Replay run.network as a CUDA graph: a small network waits for its launches. It is
-    run.model then, for training only, with this batch size and these arguments; the
-    average's network, a copy made before, stays as it is."""
+    """Replay run.network as a CUDA graph: a small network waits for its launches. It
+    takes one batch size then, in training; the average, a copy, stays as it is."""
     gc.collect()        # the graph of a run before, if freed later, would disturb this
     x_t = torch.zeros(run.config["batch_size"], *run.config["shape"], device=run.device)
     t = torch.ones(len(x_t), dtype=torch.int64, device=run.device)
@@ -299,7 +299,7 @@ def new_run(args, path, device):
                  "--resume goes on with a run")
     # Read now: what another program writes from now on is not replaced.
     own = checksum(path) if path.exists() else None
-    config = dict(CUDA_DEFAULTS if device.type == "cuda" else DEFAULTS)
+    config = DEFAULTS | (CUDA if device.type == "cuda" else {})
     x, y = training_data(args, config, device)
     run = Run(config, device)
     run.own = own
