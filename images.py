@@ -23,6 +23,8 @@ def load_images(config, split, device="cpu"):
     try:
         with np.load(path, allow_pickle=False) as file:
             x, *y = [np.asarray(file[key]) for key in keys]
+    except MemoryError:
+        raise
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         fail(f"{path}: no .npz of numbers {', '.join(keys)} ({error!r:.80})")
     x = x[..., None] if x.ndim == 3 else x

@@ -12,8 +12,8 @@ of each; 1,000 real images have 12). On a GPU, and more: docs/experiments.md.
 import gc
 import io
 import math
-import os
 import time
+import uuid
 import zlib
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def save_run(path, run, loss):
     }, buffer)
     data = buffer.getvalue()
     if path.exists() and checksum(path) != run.own:
-        beside = path.with_name(f"model-{os.getpid()}.pt")
+        beside = path.with_name(f"model-{uuid.uuid4().hex}.pt")
         write_file(beside, data)
         fail(f"another program has replaced {path}: this one saved {beside}, and ends")
     write_file(path, data)
@@ -89,29 +89,29 @@ def save_run(path, run, loss):
 def load_run(path, device):
     """The Run that save_run wrote, on any device, none of its code run; or fail. Config
     and average are enough to sample from: run.own is then None."""
-    path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         run = Run(state["config"], device)
         run.average.load_state_dict(state["average"])
         if "optimiser" in state:
-            run.own, run.step = checksum(path), state["step"]
+            run.own, run.step = zlib.crc32(data), state["step"]
             run.model.load_state_dict(state["model"])
             run.optimiser.load_state_dict(state["optimiser"])
             # Another device cannot take the state: there new numbers are drawn.
             run.generator.manual_seed(run.config["seed"] + run.step)
             if len(state["generator"]) == len(run.generator.get_state()):
                 run.generator.set_state(state["generator"])
+        # The fused AdamW takes its moments to lie in memory as the weights do.
+        for weight, moments in run.optimiser.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(weight).copy_(moments[name])
     except FileNotFoundError:
         fail(f"no checkpoint {path}: train first, or see --out")
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch knows a dozen for broken, foreign files
         fail(f"cannot read {path}: {error!r:.80}")
-    # The fused AdamW takes its moments to lie in memory as the weights do.
-    for weight, moments in run.optimiser.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(weight).copy_(moments[name])
     return run
 
 
@@ -179,13 +179,14 @@ def train_step(run, x_train, y_train):
     return loss.detach()
 
 
-def progress(run, loss, steps, seconds, cores):
-    """What to say after `steps` steps in `seconds` on so many cores."""
+def progress(run, loss, start, begin):
+    """What to say; `begin`: perf_counter and process_time of the step `start`."""
     total, batch_size = run.config["total"], run.config["batch_size"]
-    rate = steps / seconds
+    seconds = time.perf_counter() - begin[0]
+    cores = (time.process_time() - begin[1]) / seconds
+    rate = (run.step - start) / seconds
     line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
-            f"step {run.step}/{total}  loss {loss:.4f}  "
-            f"{rate * batch_size:.0f} images/s  "
+            f"step {run.step}/{total}  loss {loss:.4f}  {rate * batch_size:.0f} images/s  "
             f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
     # Beside another busy program threads mostly wait for each other.
     threads = torch.get_num_threads()
@@ -201,26 +202,25 @@ def train(run, x_train, y_train, path):
     if run.device.type == "cuda":
         capture(run)
     loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
-    begin, processor = time.perf_counter(), time.process_time()
-    due = begin + 10
     say(f"step {start}/{total}; every 10 s a line, and {path}")
+    begin = time.perf_counter(), time.process_time()
+    due = begin[0] + 10
     with signals_wait() as stop:
         while run.step < total and not stop:
             latest = train_step(run, x_train, y_train)
             loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
             if run.step == 1:
                 save_run(path, run, loss)
-                check_room(path, path.stat().st_size)   # for one beside another
-            now = time.perf_counter()
-            if now > due or run.step == total:
-                cores = (time.process_time() - processor) / (now - begin)
-                say(progress(run, loss, run.step - start, now - begin, cores))
+                check_room(path, path.stat().st_size)   # for the next beside it
+            if time.perf_counter() > due:
+                say(progress(run, loss, start, begin))
                 could_write(save_run, path, run, loss)
                 reports += 1
                 if reports % 12 == 0:
                     could_write(draw_pictures, run, path.parent, 20)
                 due = time.perf_counter() + 10
         if run.step > start:
+            say(progress(run, loss, start, begin))
             saved = write_or_wait(stop, save_run, path, run, loss)
     if stop:
         lost = "" if saved else ", which could not be saved"

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 import warnings
 import zlib
 from contextlib import contextmanager, suppress
@@ -29,8 +30,9 @@ def say(message, file=None):
 
 
 def warn(message):
-    """One line on stderr."""
-    say(" ".join(message.split()), sys.stderr)
+    """One line on stderr, if there is one."""
+    if sys.stderr is not None:
+        say(" ".join(message.split()), sys.stderr)
 
 
 def fail(message, code=2):
@@ -42,8 +44,8 @@ def fail(message, code=2):
 def write_file(path, data):
     """Replace a file by these bytes, or on an OSError, which names it, leave it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # With the process's number, as another one may be writing the same file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # A name of its own, as another program may be writing the same file.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -74,12 +76,13 @@ def keep(path, step):
 
 def check_room(path, size):
     """OSError, which names path, unless so many bytes can be written beside it."""
-    trial = path.with_name(path.name + ".room")
+    trial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         write_file(trial, bytes(size))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    trial.unlink()
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def could_write(write, *args):
