@@ -58,6 +58,8 @@ def parse_arguments(argv):
     add("--guidance", type=real(-100, 100), default=1.0, help="s (default: 1)")
     add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
     args = parser.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        fail(f"--out {args.out}: want a folder")
     if getattr(args, "width", 8) % 8:
         fail(f"--width {args.width}: want a multiple of 8")
     drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)

@@ -27,7 +27,7 @@ from command_line import check_drawing, check_resuming, parse_arguments
 from images import encode_png, grid, load_images
 from program import (
     check_room, checksum, choose_device, could_write, errors_in_one_line, fail, keep,
-    run_as_process, say, settings, signals_wait, write_file, write_or_wait)
+    progress, run_as_process, say, settings, signals_wait, write_file, write_or_wait)
 from unet import UNet
 
 DEFAULTS = {"images": 280_000, "batch_size": 32, "width": 32, "beta_2": 0.95,
@@ -52,9 +52,9 @@ class Run:
         layout = torch.contiguous_format if cuda else torch.channels_last
         self.model = model.to(device, memory_format=layout)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-        adam_betas = 0.9, config.get("beta_2", 0.99)    # older checkpoints: 0.99
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), betas=adam_betas, weight_decay=0, fused=True)
+            self.model.parameters(), betas=(0.9, config["beta_2"]), weight_decay=0,
+            fused=True)
         # Where a GPU has bfloat16 the networks compute in it; the weights stay float32.
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast = partial(
@@ -63,9 +63,10 @@ class Run:
         self.average_network = self.autocast()(self.average.module.forward)
 
 
-def save_run(path, run, loss):
-    """Write all that it takes to go on; fail if the loss or a weight is not finite, or
-    if path is not, or no longer, the run's own: then its state is saved beside."""
+def save_run(path, run, loss, copies=0):
+    """Write all that it takes to go on; fail if the loss or a weight is not finite, if
+    there is no room for so many copies, or if path is not, or no longer, the run's own:
+    then its state is saved beside."""
     if not all(value.isfinite().all() for value in (loss, *run.model.parameters())):
         fail(f"not finite at step {run.step}: lower --lr (--resume, if {path} exists)")
     buffer = io.BytesIO()
@@ -82,6 +83,8 @@ def save_run(path, run, loss):
         beside = path.with_name(f"model-{uuid.uuid4().hex}.pt")
         write_file(beside, data)
         fail(f"another program has replaced {path}: this one saved {beside}, and ends")
+    if copies:
+        check_room(path, copies * len(data))
     write_file(path, data)
     run.own = zlib.crc32(data)
 
@@ -92,7 +95,11 @@ def load_run(path, device):
     try:
         data = Path(path).read_bytes()
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        run = Run(state["config"], device)
+        config = {"beta_2": 0.99, **state["config"]}    # 0.99: an older checkpoint
+        missing = {*DEFAULTS, "shape", "labels"} - config.keys()
+        if missing:
+            raise KeyError(*missing)
+        run = Run(config, device)
         run.average.load_state_dict(state["average"])
         if "optimiser" in state:
             run.own, run.step = zlib.crc32(data), state["step"]
@@ -131,7 +138,8 @@ def draw(run, classes, generator, steps=50, eta=1.0, guidance=1.0):
 def draw_pictures(run, out, steps):
     """Write samples.png, 100 images of all classes, and a film of a quarter of them."""
     classes = torch.arange(100, device=run.device) * len(run.config["labels"]) // 100
-    noise, film = torch.Generator(run.device).manual_seed(run.config["seed"]), []
+    noise = torch.Generator(run.device).manual_seed(run.config["seed"])
+    film = []
     for images in draw(run, classes, noise, steps):
         film.append(grid(images[::4]))
     write_file(out / "samples.png", encode_png([grid(images)]))
@@ -179,23 +187,6 @@ def train_step(run, x_train, y_train):
     return loss.detach()
 
 
-def progress(run, loss, start, begin):
-    """What to say; `begin`: perf_counter and process_time of the step `start`."""
-    total, batch_size = run.config["total"], run.config["batch_size"]
-    seconds = time.perf_counter() - begin[0]
-    cores = (time.process_time() - begin[1]) / seconds
-    rate = (run.step - start) / seconds
-    line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
-            f"step {run.step}/{total}  loss {loss:.4f}  {rate * batch_size:.0f} images/s  "
-            f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
-    # Beside another busy program threads mostly wait for each other.
-    threads = torch.get_num_threads()
-    if run.device.type == "cpu" and threads > 1 and cores < 0.75 * threads:
-        line += (f"\n{threads} threads on {cores:.1f} cores: --resume with "
-                 "OMP_NUM_THREADS=1 may be quicker")
-    return line
-
-
 def train(run, x_train, y_train, path):
     """Train to the last step or a signal; writes path, and pictures beside it."""
     total, start, reports, saved = run.config["total"], run.step, 0, True
@@ -210,8 +201,7 @@ def train(run, x_train, y_train, path):
             latest = train_step(run, x_train, y_train)
             loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
             if run.step == 1:
-                save_run(path, run, loss)
-                check_room(path, path.stat().st_size)   # for the next beside it
+                save_run(path, run, loss, copies=2)     # the next is written beside it
             if time.perf_counter() > due:
                 say(progress(run, loss, start, begin))
                 could_write(save_run, path, run, loss)
@@ -271,8 +261,7 @@ def open_model(args, path, device):
     """The Run in path, to sample or evaluate; or fail if an option does not fit."""
     run = load_run(path, device)
     check_drawing(args, path, run.config)
-    if args.evaluate and "data" in args:
-        run.config["data"] = args.data
+    run.config["data"] = getattr(args, "data", run.config["data"])
     run.generator.manual_seed(getattr(args, "seed", 0))
     return run
 

@@ -20,11 +20,14 @@ _lost = []              # what was raised by printing to standard output
 def say(message, file=None):
     """Print a line. A full disk, a closed pipe or a missing letter ends nothing."""
     file = file or sys.stdout
+    if file is None:
+        _lost.append(OSError("closed"))
+        return
     encoding = getattr(file, "encoding", None) or "utf-8"
     message = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(message, file=file, flush=True)
-    except (OSError, ValueError, AttributeError) as error:  # also closed, or None
+    except (OSError, ValueError) as error:          # ValueError: closed
         if file is sys.stdout:
             _lost.append(error)
 
@@ -39,6 +42,24 @@ def fail(message, code=2):
     """End the program with one line on stderr."""
     warn(message)
     sys.exit(code)
+
+
+def progress(run, loss, start, begin):
+    """What to say of a training run; begin: time.perf_counter and time.process_time when
+    it was at the step `start`."""
+    total, batch_size = run.config["total"], run.config["batch_size"]
+    seconds = time.perf_counter() - begin[0]
+    cores = (time.process_time() - begin[1]) / seconds
+    rate = (run.step - start) / seconds
+    line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
+            f"step {run.step}/{total}  loss {loss:.4f}  {rate * batch_size:.0f} images/s  "
+            f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
+    # Beside another busy program threads mostly wait for each other.
+    threads = torch.get_num_threads()
+    if run.device.type == "cpu" and threads > 1 and cores < 0.75 * threads:
+        line += (f"\n{threads} threads on {cores:.1f} cores: --resume with "
+                 "OMP_NUM_THREADS=1 may be quicker")
+    return line
 
 
 def write_file(path, data):
@@ -180,7 +201,9 @@ def errors_in_one_line(if_memory_is_full):
 
 
 def run_as_process(main):
-    """main() of a script: a standard output that is lost is exit code 2, at the end."""
+    """main() of a script: SIGTERM is exit code 143, and files are tidied up; a standard
+    output that is lost is exit code 2, at the end."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     finally:
@@ -190,4 +213,9 @@ def run_as_process(main):
             _lost.append(error)
         if _lost:
             sys.stdout = None                   # or Python writes to it once more
-            fail(f"standard output: {_lost[0]}")
+    if _lost:
+        fail(f"standard output: {_lost[0]}")
+
+
+def _terminate(number, frame):
+    sys.exit(128 + number)

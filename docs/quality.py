@@ -23,8 +23,8 @@ docs/classifier.pt has 99.5 % of the test images right. In the features of anoth
 classifier the Frechet distance has another scale: its figures are not comparable.
 """
 import argparse
+import io
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -33,16 +33,16 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-CLASSIFIER = Path(__file__).resolve().with_name("classifier.pt")
-MNIST = Path(__file__).resolve().parents[1] / "data" / "mnist.npz"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                   # where program.py is
+
+from program import (check_room, errors_in_one_line, fail, run_as_process, say,
+                     write_file)
+
+CLASSIFIER = ROOT / "docs" / "classifier.pt"
+MNIST = ROOT / "data" / "mnist.npz"
 SIGMAS = [n / 100 for n in range(10, 31)]       # of a Parzen window
 ROW = "{:24} {:>20} {:>24}"                     # of the table
-
-
-def fail(message):
-    """End the program with one line on stderr and exit code 2."""
-    print("quality:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def load(path, key):
@@ -163,6 +163,8 @@ def parzen_figures(images, train, test):
     error, and sigma: the best for 1,000 of train that are not among images."""
     known = {image.tobytes() for image in images}
     unknown = [image for image in train if image.tobytes() not in known]
+    if not unknown:
+        fail("every training image is in the file: none is left to choose sigma by")
     held_out = pixels(spread(np.array(unknown), 1000))
     samples = pixels(images)
     scores = [parzen(held_out, samples, sigma).mean() for sigma in SIGMAS]
@@ -176,37 +178,38 @@ def print_figures(name, images, classifier):
     train, test = load(MNIST, "x_train"), load(MNIST, "x_test")
     order = np.random.default_rng(0).permutation(len(train))
     real = train[order[:len(images)]]
-    print(ROW.format("", name, "real training images"))
-    print(ROW.format("images", f"{len(images):,}", f"{len(real):,}"))
+    say(ROW.format("", name, "real training images"))
+    say(ROW.format("images", f"{len(images):,}", f"{len(real):,}"))
 
     h, p = classify(classifier, images)
     h_real, p_real = classify(classifier, real)
     h_test, _ = classify(classifier, test)
     distance, floor = frechet_distance(h, h_test), frechet_distance(h_real, h_test)
-    print(ROW.format("Frechet distance", f"{distance:.1f}", f"{floor:.1f}"))
+    say(ROW.format("Frechet distance", f"{distance:.1f}", f"{floor:.1f}"))
     sure, sure_real = share_sure(p), share_sure(p_real)
-    print(ROW.format("sure digits", f"{sure:.1%}", f"{sure_real:.1%}"))
+    say(ROW.format("sure digits", f"{sure:.1%}", f"{sure_real:.1%}"))
 
     few = pixels(spread(images, 500))
     copies = near_copies(few, pixels(train), pixels(test[:500]))
-    print(ROW.format(f"near-copies, {len(few)}", f"{copies:.1%}", "test images: 1.0%"))
+    say(ROW.format(f"near-copies, {len(few)}", f"{copies:.1%}", "test images: 1.0%"))
 
     images, real = spread(images, 10_000), real[:10_000]
     bits, error, sigma = parzen_figures(images, train, test)
     bits_real, error_real, sigma_real = parzen_figures(real, train, test)
     drawn, real = f"{bits:.1f} +- {error:.1f}", f"{bits_real:.1f} +- {error_real:.1f}"
-    print(ROW.format(f"Parzen of {len(images):,}, bits", drawn, real))
-    print(ROW.format("its sigma", sigma, sigma_real))
-    print("In 2015, of 10,000: that paper 317 +- 2.7, adversarial nets 325 +- 2.9")
+    say(ROW.format(f"Parzen of {len(images):,}, bits", drawn, real))
+    say(ROW.format("its sigma", sigma, sigma_real))
+    say("In 2015, of 10,000: that paper 317 +- 2.7, adversarial nets 325 +- 2.9")
     if bits > bits_real:
-        print("More than real images have: this measure is blunt, see arXiv 1511.01844")
+        say("More than real images have: this measure is blunt, see arXiv 1511.01844")
 
 
 def train_classifier(path, epochs=4):
     """Train a Classifier on the training images, write its weights, print its share of
     right test images; or fail."""
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        fail(f"{path}: no file can be written there")
+    if path.exists() or not path.parent.is_dir():
+        fail(f"{path}: want a new file, in a folder that exists")
+    check_room(path, 2**22)                     # before the work
     torch.manual_seed(0)
     x = torch.from_numpy(load(MNIST, "x_train"))
     y = torch.from_numpy(load(MNIST, "y_train")).long()
@@ -221,11 +224,13 @@ def train_classifier(path, epochs=4):
             loss.backward()
             optimiser.step()
             rate.step()
-        print(f"epoch {epoch + 1} of {epochs}, last loss {loss:.4f}", flush=True)
-    torch.save(classifier.state_dict(), path)
+        say(f"epoch {epoch + 1} of {epochs}, last loss {loss:.4f}")
+    buffer = io.BytesIO()
+    torch.save(classifier.state_dict(), buffer)
+    write_file(path, buffer.getvalue())
     _, p = classify(classifier.eval(), load(MNIST, "x_test"))
     right = p.argmax(1).numpy() == load(MNIST, "y_test")
-    print(f"{right.mean():.2%} of the test images right, wrote {path}")
+    say(f"{right.mean():.2%} of the test images right, wrote {path}")
 
 
 def main(argv=None):
@@ -239,12 +244,13 @@ def main(argv=None):
     either.add_argument("--train-classifier", type=Path, metavar="WEIGHTS",
                         help="train a classifier, some minutes, and write it there")
     args = parser.parse_args(argv)
-    if args.train_classifier:
-        train_classifier(args.train_classifier)
-    else:
-        images, classifier = load_digits(args.file), load_classifier(args.classifier)
-        print_figures(args.file.name, images, classifier)
+    with errors_in_one_line("take fewer images"):
+        if args.train_classifier:
+            train_classifier(args.train_classifier)
+            return
+        classifier = load_classifier(args.classifier)
+        print_figures(args.file.name, load_digits(args.file), classifier)
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

@@ -239,6 +239,7 @@ def test_evaluate_prints_the_bound(capsys):
     ("--sample 2 --out foreign", "no checkpoint", {}),
     ("--out foreign", "foreign/samples.png exists", {}),
     ("--out text.npz/o", "text.npz", {}),
+    ("--out text.npz", "a folder", {}),
     ("--sample 2 --steps 1001", "1..1000", {}),
     ("--sample 2 --steps 50.5", "50.5", {}),
     ("--label 3", "go with --sample", {}),

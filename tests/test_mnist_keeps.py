@@ -127,7 +127,8 @@ def test_full_disk_keeps_the_old_file(monkeypatch):
     """write_file replaces a file whole or, if the disk is full, not at all."""
     path = Path("f")
     mnist.write_file(path, b"old")
-    monkeypatch.setattr(program.os, "replace", partial(raise_error, OSError(28, "full")))
+    full = partial(raise_error, OSError(28, "full"))
+    monkeypatch.setattr(program.os, "replace", full)
 
     with pytest.raises(OSError, match="full: 'f'"):
         mnist.write_file(path, b"new")
@@ -147,20 +148,52 @@ def fail_at(calls, function):
     return stand_in
 
 
-def test_room_for_two_checkpoints_shows_at_once(monkeypatch, capsys):
-    """The second full-size checkpoint, beside the first, is written after one step."""
+def test_room_for_two_checkpoints_shows_before_a_model_is_replaced(monkeypatch, capsys):
+    """One is written beside the other. Without room, after one step, the run ends and
+    the model that it was to replace stays."""
+    train()
+    before = Path("o/model.pt").read_bytes()
     monkeypatch.setattr(program, "write_file", fail_at([0], program.write_file))
 
-    line = refusal(capsys, *data(), "--out", "o", "--epochs", "0.25")
+    command = [*data(), "--out", "o", "--epochs", "0.25", "--overwrite"]
+    line = refusal(capsys, *command)
 
-    assert "o/model.pt" in line and torch.load("o/model.pt")["step"] == 1
+    assert "o/model.pt" in line and Path("o/model.pt").read_bytes() == before
+
+
+def test_sigterm_while_sampling_leaves_no_file():
+    """The exit code is 143."""
+    train()
+    before = sorted(os.listdir("o"))
+    command = [sys.executable, mnist.__file__, "--out", "o", "--sample", "100000"]
+    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE)
+
+    process.stdout.readline()
+    process.terminate()
+
+    assert process.wait() == 143
+    assert sorted(os.listdir("o")) == before
+
+
+@pytest.mark.parametrize("part, key", [
+    (None, "average"), ("config", "schedule"), ("config", "labels"),
+    ("optimiser", "state")])
+def test_a_checkpoint_that_misses_a_key(part, key, capsys):
+    """Is said to be unreadable, and stays."""
+    state = train()
+    del (state if part is None else state[part])[key]
+    torch.save(state, "o/model.pt")
+
+    line = refusal(capsys, "--out", "o", "--resume")
+
+    assert line.startswith("cannot read o/model.pt") and key in line
 
 
 def test_training_goes_on_with_a_full_disk(monkeypatch, capsys):
     """Later saves that fail are a warning; the last one waits for room."""
     clock = iter(range(0, 10**6, 200))          # each look at it 200 seconds on
     monkeypatch.setattr(mnist.time, "perf_counter", partial(next, clock))
-    monkeypatch.setattr(mnist, "write_file", fail_at([1, 3, 4], mnist.write_file))
+    monkeypatch.setattr(mnist, "write_file", fail_at([1, 2, 3], mnist.write_file))
     monkeypatch.setattr(mnist.time, "sleep", lambda seconds: None)
 
     state = train("--epochs", "0.25")
