@@ -191,8 +191,8 @@ class GaussianDiffusion(nn.Module):
     def bits_per_dim(self, model, x0, y=None, clip=True, batch_size=500,
                      generator=None):
         """Eq. 5 in bits/dim on 8-bit x0 (N, ...) scaled to [-1, 1], N, T >= 2: estimate
-        and standard error. Importance sampling: each x0 has one t, whose term is divided
-        by its probability. No bias; but t near T are rare, where errors need clip."""
+        and standard error. Importance sampling: each x0 has one t, and its term is over
+        that t's probability. No bias; but t near T are rare: errors there want clip."""
         _check_floats(x0=x0)
         _check_numbers(Integral, 2, math.inf, N=len(x0), T=self.T)
         _check_numbers(Integral, 1, math.inf, batch_size=batch_size)

@@ -45,15 +45,16 @@ def fail(message, code=2):
 
 
 def progress(run, loss, start, begin):
-    """What to say of a training run; begin: time.perf_counter and time.process_time when
-    it was at the step `start`."""
+    """What to say of a training run; begin: perf_counter and process_time of module
+    time when it was at the step `start`."""
     total, batch_size = run.config["total"], run.config["batch_size"]
     seconds = time.perf_counter() - begin[0]
     cores = (time.process_time() - begin[1]) / seconds
     rate = (run.step - start) / seconds
     line = (f"epoch {run.step * batch_size / run.config['N']:.2f}  "
-            f"step {run.step}/{total}  loss {loss:.4f}  {rate * batch_size:.0f} images/s  "
-            f"{seconds:.0f} s, {(total - run.step) / rate:.0f} s left")
+            f"step {run.step}/{total}  loss {loss:.4f}  "
+            f"{rate * batch_size:.0f} images/s  {seconds:.0f} s, "
+            f"{(total - run.step) / rate:.0f} s left")
     # Beside another busy program threads mostly wait for each other.
     threads = torch.get_num_threads()
     if run.device.type == "cpu" and threads > 1 and cores < 0.75 * threads:

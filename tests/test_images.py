@@ -41,7 +41,8 @@ def png_frames(data):
     return np.stack(frames)
 
 
-@pytest.mark.parametrize("frames", [GREY[:1], GREY, PIXELS[:1], PIXELS, PIXELS[:, :1, :1]])
+@pytest.mark.parametrize(
+    "frames", [GREY[:1], GREY, PIXELS[:1], PIXELS, PIXELS[:, :1, :1]])
 def test_frames(frames):
     """Grey or coloured frames (N, H, W) or (N, H, W, 3) read back."""
     ours = png_frames(encode_png(list(frames)))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mnist_ddpm as mnist
-from test_mnist_ddpm import data, folder, raise_error, refusal, small_run  # noqa: F401
+from test_mnist_ddpm import (data, folder, raise_error, refusal, saved,  # noqa: F401
+                             small_run)
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 
@@ -90,10 +91,10 @@ def test_resumed_on_cuda_equals_uninterrupted(monkeypatch, options):
     with monkeypatch.context() as context, pytest.raises(SystemExit):
         context.setattr(mnist, "train_step", interrupt)
         mnist.main([*command, "--out", "b"])
-    assert torch.load("b/model.pt")["step"] == 3
+    assert saved("b/model.pt")["step"] == 3
     mnist.main([*command, "--out", "b", "--resume"])
 
-    a, b = torch.load("a/model.pt"), torch.load("b/model.pt")
+    a, b = saved("a/model.pt"), saved("b/model.pt")
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

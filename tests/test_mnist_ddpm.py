@@ -33,11 +33,16 @@ def data(**arrays):
     return ["--data", "d.npz", *SMALL]
 
 
+def saved(path):
+    """What a checkpoint holds."""
+    return torch.load(path, weights_only=True)
+
+
 def train(*options, **arrays):
     """Run the program, by default for two steps, into the folder o."""
     options = options or ("--epochs", "0.25")
     mnist.main([*data(**arrays), "--out", "o", *options])
-    return torch.load("o/model.pt")
+    return saved("o/model.pt")
 
 
 def refusal(capsys, *arguments):

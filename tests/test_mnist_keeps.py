@@ -16,7 +16,8 @@ import torch
 import ddpm_min as ddpm
 import mnist_ddpm as mnist
 import program
-from test_mnist_ddpm import data, folder, raise_error, refusal, train  # noqa: F401
+from test_mnist_ddpm import (data, folder, raise_error, refusal, saved,  # noqa: F401
+                             train)
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}     # as in this process
 
@@ -38,13 +39,13 @@ def test_resumed_equals_uninterrupted():
         time.sleep(0.04)
         process.send_signal(number)
         codes.append(process.wait())
-    reached = torch.load(model)["step"]
+    reached = saved(model)["step"]
     mnist.main([*command[2:], "--out", "b", "--resume"])
     mnist.main([*command[2:], "--out", "a"])
 
     assert codes[0] in (130, -2) and codes[1] in (143, -15) and codes[2] == -9
     assert 0 < reached < 240
-    a, b = torch.load("a/model.pt"), torch.load("b/model.pt")
+    a, b = saved("a/model.pt"), saved("b/model.pt")
     assert a.pop("config") == b.pop("config")
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     for name in ("samples.png", "denoising.png"):
@@ -59,7 +60,7 @@ def test_lost_standard_output_loses_no_step():
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
 
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
-    assert torch.load("o/model.pt")["step"] == 8 and Path("o/denoising.png").exists()
+    assert saved("o/model.pt")["step"] == 8 and Path("o/denoising.png").exists()
 
 
 @pytest.mark.parametrize("error", [
@@ -107,7 +108,7 @@ def test_ctrl_c_ends_the_last_pictures(monkeypatch):
     with pytest.raises(SystemExit) as error:
         train()
 
-    assert error.value.code == 130 and torch.load("o/model.pt")["step"] == 2
+    assert error.value.code == 130 and saved("o/model.pt")["step"] == 2
 
 
 def test_finished_model_is_kept(capsys):
@@ -212,7 +213,7 @@ def test_a_signal_ends_the_wait_for_room(monkeypatch, capsys):
         train()
 
     assert error.value.code == 143 and "--resume" in capsys.readouterr().err
-    assert torch.load("o/model.pt")["step"] == 1
+    assert saved("o/model.pt")["step"] == 1
 
 
 def nan_from(step, monkeypatch):
@@ -233,7 +234,7 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, capsys):
         line = refusal(capsys, *data(), "--out", "o", "--epochs", "0.25")
         nan_from(0, context)
         refusal(capsys, "--out", "o", "--resume", "--lr", "10", "--device", "cpu")
-    kept = torch.load("o/model.pt")
+    kept = saved("o/model.pt")
     state = train("--resume", "--lr", "1e-4")
 
     assert "--resume" in line and "--lr" in line

@@ -202,6 +202,6 @@ def test_bad_command_is_refused_in_one_line(tmp_path, capsys):
     assert_refused([], "is required", capsys)
     assert_refused([path, "--classifier", broken], "no weights of this", capsys)
     nowhere = tmp_path / "missing" / "mine.pt"
-    for place in (nowhere, path, path / "mine.pt"):         # an old file, a file's inside
+    for place in (nowhere, path, path / "mine.pt"):
         assert_refused(["--train-classifier", place], "in a folder that exists", capsys)
     assert broken.read_text() == "no weights"

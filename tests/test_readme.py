@@ -43,8 +43,7 @@ def test_readme_example_draws_what_it_asks_for():
     code = re.sub(r"width=\d+", "width=8", code)
     code = re.sub(r"steps=\d+", "steps=2", code)
     seed(0)
-    batch = (torch.rand(4, *shape[1:]) * 2 - 1, torch.arange(4))
-    names = {"batches": [batch, batch], "device": "cpu"}
+    names = {"x0": torch.rand(4, *shape[1:]) * 2 - 1, "device": "cpu"}
     exec(code, names)
     assert names["x"].shape == shape
     assert names["x"].abs().max() <= 1

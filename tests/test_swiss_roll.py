@@ -194,7 +194,7 @@ def test_new_networks_reverse_q_for_standard_normal_data(net):
 
 
 def test_rbf():
-    """160 times the units exp(-|x - c|^2 / 2 w^2) over their sum, and the readout of t."""
+    """160 times the units exp(-|x - c|^2 / 2 w^2) over their sum; t's readout."""
     net = RBF(SwissRoll(0.02)).double().requires_grad_(False)
     net.width.uniform_(0.2, 0.4, generator=seeded(6))
     net.readout.normal_(generator=seeded(7))
