@@ -28,7 +28,8 @@ def load_images(config, split, device="cpu"):
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         fail(f"{path}: no .npz of numbers {', '.join(keys)} ({error!r:.80})")
     x = x[..., None] if x.ndim == 3 else x
-    fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
+    fits = x.dtype == np.uint8 and x.ndim == 4 and x.size > 0
+    fits = fits and x.shape[3] in (1, 3)
     if not fits or any(side < 8 or side % 4 for side in x.shape[1:3]):
         fail(f"{keys[0]} in {path} is {x.dtype} {x.shape}: want {LAYOUT}")
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
@@ -40,7 +41,8 @@ def load_images(config, split, device="cpu"):
 
     y = y[0].reshape(-1)
     labels = config.get("labels") or np.unique(y).tolist()
-    if y.dtype.kind not in "iu" or len(y) != len(x) or not np.isin(y, labels).all():
+    fits = y.dtype.kind in "iu" and len(y) == len(x)
+    if not fits or not np.isin(y, labels).all():
         fail(f"{keys[1]} in {path}: want {len(x)} whole numbers, of {labels[:10]}")
     y = np.searchsorted(labels, y)
     facts.update(labels=labels, crc=zlib.crc32(y, facts["crc"]))
@@ -63,7 +65,8 @@ def encode_png(frames, fps=20):
         raise ValueError(f"want fps in 1..65535, got {fps!r:.40}")
     frames = np.stack(frames)
     shape = frames.shape[1:]
-    grey, colour = len(shape) == 2, len(shape) == 3 and shape[2] == 3
+    grey = len(shape) == 2
+    colour = len(shape) == 3 and shape[2] == 3
     if frames.dtype != np.uint8 or not frames.size or not (grey or colour):
         raise ValueError(f"want frames uint8 (H, W[, 3]): {frames.dtype} {shape}")
 

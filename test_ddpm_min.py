@@ -190,7 +190,8 @@ def test_loss_draws():
     chi_square = ((counts - 1000) ** 2 / 1000).sum(1)       # of T - 1 = 49 degrees
     points = torch.cat([times, draws], dim=1)
     others = [draws**2, points.roll(1, dims=0), points.roll(500 * T, dims=0)]
-    correlation = torch.cat([points, *others], dim=1).T.corrcoef().triu(1)
+    table = torch.cat([points, *others], dim=1)
+    correlation = table.T.corrcoef().triu(1)
     correlation[1:5, 5:9].fill_diagonal_(0)             # of an eps and its own square
     assert chi_square.min() > 15 and chi_square.max() < 110     # 1e-6 beyond each
     assert (draws.std() - 1).abs() < 5 / math.sqrt(2 * draws.numel())
@@ -246,7 +247,8 @@ def test_L_0():
     model_eps = some_model(x_t, t)
     mean, _ = implied(x_t, t, model_eps)
     p = Normal(mean[0], beta_tilde(2).sqrt())
-    mass = p.cdf(x0[0] + HALF) - p.cdf(x0[0] - HALF)
+    upper, lower = p.cdf(x0[0] + HALF), p.cdf(x0[0] - HALF)
+    mass = upper - lower
     assert_close(ours[0], -mass.log().sum())
 
 
@@ -260,7 +262,8 @@ def test_L_T():
 
 def test_kl():
     """The KL of two Gaussians is torch's."""
-    a, b = Normal(x0, 0.2 + eps**2), Normal(x_t, noise[t])
+    a = Normal(x0, 0.2 + eps**2)
+    b = Normal(x_t, noise[t])
 
     ours = gaussian_kl(a.mean, a.variance, b.mean, b.variance)
 
@@ -288,7 +291,7 @@ def test_clip(n):
 
     x0_model, _ = implied(x, n, some_model(x, n))
     weight_0 = signal[n - 1] * beta[n] / noise[n] ** 2
-    weight_t = alpha[n].sqrt() * noise[n - 1] ** 2 / noise[n] ** 2
+    weight_t = alpha[n].sqrt() * (1 - alpha_bar[n - 1]) / (1 - alpha_bar[n])
     mean = weight_0 * x0_model + weight_t * x
     assert x0_model.abs().max() == 1
     assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
@@ -318,7 +321,8 @@ def test_marginals(eta):
         return (x - signal[n] * 0.7) / noise[n]
 
     draws = seeded(3)
-    x = signal[40] * 0.7 + noise[40] * randn(40000, 1, 1, 1, generator=draws)
+    z = randn(40000, 1, 1, 1, generator=draws)
+    x = signal[40] * 0.7 + noise[40] * z
     for n, n_prev in [(40, 21), (21, 5)]:
         x = diffusion.p_sample(model, x, n, n_prev, eta, False, draws)
 
