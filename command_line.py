@@ -52,12 +52,19 @@ def parse_arguments(argv):
     add("--data", type=os.path.abspath, help=f".npz of x_train, {LAYOUT}; x_test for "
         "--evaluate; for --conditional y_train, y_test (default: MNIST)")
     add = parser.add_argument_group("drawing, with --sample").add_argument
-    add("--steps", type=whole(1, 1000), default=50, help="default: 50")
+    add("--steps", type=whole(1, 1000), default=50, help="of the chain (default: 50)")
     add("--eta", type=real(0, 1), default=1.0, help="1 (default) DDPM, 0 DDIM")
-    add("--label", type=int, help="only this (default: all)")
-    add("--guidance", type=real(-100, 100), default=1.0, help="s (default: 1)")
+    add("--label", type=int, help="draw only this (default: all)")
+    add("--guidance", type=real(-100, 100), default=1.0,
+        help="classifier-free, s (default: 1)")
     add("--npz", type=Path, help="a new file for the images, uint8 x, and labels, y")
     args = parser.parse_args(argv)
+    check_together(args)
+    return args
+
+
+def check_together(args):
+    """Fail if options do not fit each other, or --out is no folder."""
     if args.out.exists() and not args.out.is_dir():
         fail(f"--out {args.out}: want a folder")
     if getattr(args, "width", 8) % 8:
@@ -65,7 +72,6 @@ def parse_arguments(argv):
     drawing = (args.steps, args.eta, args.label, args.guidance, args.npz)
     if not args.sample and drawing != (50, 1.0, None, 1.0, None):
         fail("--steps, --eta, --label, --guidance and --npz go with --sample")
-    return args
 
 
 def check_drawing(args, path, config):

@@ -1,9 +1,9 @@
 """The swiss roll of Sohl-Dickstein et al. 2015 (arXiv 1503.03585), by their bound K.
 
     python swiss_roll.py                # K = 2.38 bits a point where 2.70 is the most
-    python swiss_roll.py --net rbf      # the paper's own network: K = 1.61 bits
+    python swiss_roll.py --net rbf      # the paper's own network: K = 1.60 bits
 
-71 s, and 135 s, on one core of an AMD EPYC. The paper has K = 2.35 (Table 1), for a
+71 s, and 94 s, on one core of an AMD EPYC. The paper has K = 2.35 (Table 1), for a
 roll whose noise it does not give: docs/experiments.md. Draws Figure 1,
 out/swiss_roll.png, and noise that rolls itself up, out/swiss_roll_reverse.png.
 Equations are the 2015 paper's, t is in 1..T. Its symbols:

@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+import test_ddpm_min
 from ddpm_min import GaussianDiffusion, linear_schedule
 from test_readme import ROOT, blocks, seed
 
@@ -61,9 +62,8 @@ def marginal(mean, t, x_t):
 
 def exact_eps(mean, x_t, t):
     """E[eps | x_t] for data N(mean, STD^2)."""
-    mean_t, std_t = marginal(mean, t, x_t)
-    noise = EXACT.one_minus_alpha_bar[t].sqrt().reshape(mean_t.shape)
-    return noise * (x_t - mean_t) / std_t**2
+    alpha_bar = EXACT.alpha_bar[t].reshape(-1, *[1] * (x_t.dim() - 1))
+    return test_ddpm_min.exact_eps(x_t, alpha_bar, mean, STD**2)
 
 
 def mean_of_label(y):
