@@ -6,7 +6,7 @@
     python mnist_ddpm.py --evaluate                 # the variational bound, bits/dim
     python mnist_ddpm.py --conditional --out labels # with labels
 
-Two cores of an AMD EPYC, 5 min 31 s: Frechet distance 46 to 50 (two seeds, three draws
+Two cores of an AMD EPYC, 5 min 31 s: Frechet distance 45 to 50 (two seeds, three draws
 of each; 1,000 real images have 12). On a GPU, and more: docs/experiments.md.
 """
 import gc
