@@ -1,36 +1,35 @@
-"""Trials of mnist_ddpm.py: what it learns from, what it draws, bad input.
-
-A training run here is 64 images of 8 x 8 pixels and the smallest network."""
+"""The ten promises of mnist_ddpm.py (1 to 10), and what it learns from and draws. A
+training run here is 64 images of 8 x 8 pixels and the smallest network."""
 import os
-from functools import partial
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import ddpm_min as ddpm
-import images
 import mnist_ddpm as mnist
 
-SMALL = ["--width", "8", "--batch-size", "8", "--device", "cpu"]
+CPU = torch.device("cpu")
+X = np.zeros((64, 8, 8), np.uint8)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-    return tmp_path
 
 
 def data(**arrays):
-    """Write d.npz; 64 images, labels 0..9, test images, but for the arrays given."""
+    """Write d.npz, 64 images with labels 0..9, but for the arrays given; the options of
+    a run on it."""
     x = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
     y = np.arange(64) % 10
-    default = {"x_train": x, "y_train": y, "x_test": x, "y_test": y}
-    np.savez("d.npz", **{**default, **arrays})
-    return ["--data", "d.npz", *SMALL]
+    np.savez("d.npz", **{"x_train": x, "y_train": y, "x_test": x, "y_test": y, **arrays})
+    return "--data d.npz --width 8 --batch-size 8 --device cpu".split()
 
 
 def saved(path):
@@ -38,278 +37,377 @@ def saved(path):
     return torch.load(path, weights_only=True)
 
 
-def train(*options, **arrays):
+def train(options="--epochs 0.25", **arrays):
     """Run the program, by default for two steps, into the folder o."""
-    options = options or ("--epochs", "0.25")
-    mnist.main([*data(**arrays), "--out", "o", *options])
+    mnist.main([*data(**arrays), "--out", "o", *options.split()])
     return saved("o/model.pt")
 
 
-def refusal(capsys, *arguments):
-    """What the program says on stderr, in one line, when it ends with exit code 2."""
+def refusal(capsys, command):
+    """The one line on stderr with which the program ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        mnist.main([str(argument) for argument in arguments])
-    lines = capsys.readouterr().err.splitlines()
-    assert (error.value.code, len(lines)) == (2, 1)
-    return lines[0]
+        mnist.main(command.split())
+    line = error.value.code                             # Python prints it, with code 1
+    assert isinstance(line, str) and "\n" not in line and not capsys.readouterr().err
+    return line
 
 
-def raise_error(error, *_):
-    """A stand-in for a function that fails."""
-    raise error
-
-
-def small_run(device="cpu", **settings):
+def small_run(device=CPU, **settings):
     """A Run with the smallest network, for images of 8 x 8 pixels."""
-    config = {**mnist.DEFAULTS, "width": 8, "batch_size": 8, "shape": [1, 8, 8],
-              "labels": [], "total": 100, "N": 64, **settings}
-    return mnist.Run(config, torch.device(device))
+    config = {"seed": 0, "schedule": "laplace", "shape": [1, 8, 8], "labels": None,
+              "width": 8, "lr": 2.5e-3, "beta_2": 0.95, "batch_size": 8, "steps": 1000}
+    return mnist.Run({**config, **settings}, device)
 
 
-def test_paths_after_a_move(monkeypatch, folder):
-    """--data is stored absolute, the default not at all; --resume may name another."""
-    state = train()
-    default = mnist.parse_arguments([])
-    (folder / "elsewhere").mkdir()
-    monkeypatch.chdir(folder / "elsewhere")
+def after_step(monkeypatch, action):
+    """Have action(run) called after each training step."""
+    step = mnist.train_step
 
-    mnist.main(["--out", "../o", "--resume", "--epochs", "0.5"])
-    os.rename("../d.npz", "moved.npz")
-    mnist.main(["--out", "../o", "--evaluate", "--data", "moved.npz"])
+    def step_and_act(run, *arguments):
+        loss = step(run, *arguments)
+        action(run)
+        return loss
 
-    assert state["config"]["data"] == str(folder / "d.npz")
-    assert "data" not in default and images.MNIST.is_file()
+    monkeypatch.setattr(mnist, "train_step", step_and_act)
 
 
-def test_images_and_labels_of_a_step(monkeypatch):
-    """Training sees pixels as [-1, 1], and a tenth of the labels as the null label."""
-    seen = []
+def test_1_a_write_that_fails_leaves_the_old_file(monkeypatch):
+    """Whatever ends a write in the middle, the old bytes stay and nothing beside."""
+    mnist.write_file(Path("o/a"), b"old")
 
-    def loss(self, model, x0, y, generator):
-        seen.append((x0, y))
-        return 0 * model(x0, torch.ones(len(x0), dtype=torch.int64), y).sum()
+    def half(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ddpm.GaussianDiffusion, "loss", loss)
-    train("--conditional", "--epochs", "25", y_train=np.full(64, 7))
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(SystemExit, match="cannot write o/a.*No space"):
+        mnist.write_file(Path("o/a"), b"new")
 
-    x0 = torch.cat([x0 for x0, _ in seen])
-    null = torch.cat([y for _, y in seen]) == -1
-    assert (x0.min(), x0.max()) == (-1, 1)
-    assert abs(null.float().mean() - 0.1) < 5 * (0.09 / len(null)) ** 0.5
-
-
-@pytest.mark.parametrize("shape", [(64, 8, 8), (64, 8, 8, 1), (64, 8, 8, 3)])
-def test_layouts_of_images(shape):
-    """Grey images, with a channel or without, and colour: pixels keep their place."""
-    x = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
-    data(x_train=x)
-
-    pixels, _, _ = mnist.load_images({"data": "d.npz", "conditional": False}, "train")
-
-    channels = x.reshape(64, 8, 8, -1).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(pixels.numpy(), channels)
+    assert os.listdir("o") == ["a"] and Path("o/a").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_of_samples(monkeypatch, channels):
-    """x_0 in [-1, 1] becomes 0..255, channels last; what lies outside is clipped."""
-    x = torch.linspace(-1, 1, 16 * channels).reshape(1, channels, 4, 4)
-    x[0, 0, 0, 0] = -3
-    run = small_run(shape=[channels, 4, 4])
-    monkeypatch.setattr(run.diffusion, "sample", lambda *a, **k: iter([x]))
-
-    image = list(mnist.draw(run, torch.zeros(1), None))[-1][0]
-
-    expected = np.linspace(0, 255, 16 * channels).reshape(channels, 4, 4)
-    pixels = image.reshape(4, 4, channels).permute(2, 0, 1)
-    np.testing.assert_allclose(pixels.numpy(), expected, atol=1)
+def assert_same_state(a, b):
+    """Two checkpoints hold the same, bit for bit."""
+    a, b = saved(a), saved(b)
+    assert a.pop("config") == b.pop("config")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_only_labels_that_occur(capsys):
+def test_2_3_resumed_equals_uninterrupted():
+    """Ctrl-C, SIGTERM and kill -9, each resumed: state and picture bit for bit; the
+    first two end after the step at hand, with exit codes 130 and 143."""
+    new = [*data(), "--conditional", "--epochs", "40"]
+    resume, codes = "--data d.npz --device cpu --resume".split(), []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        options = resume if codes else new
+        command = [sys.executable, mnist.__file__, *options, "--out", "b"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process.stdout.readline()               # the data are read
+        process.stdout.readline()               # the first step is saved
+        time.sleep(0.05)
+        process.send_signal(number)
+        codes.append(process.wait())
+    reached = saved("b/model.pt")["step"]
+    mnist.main([*resume, "--out", "b"])
+    mnist.main([*new, "--out", "a"])
+
+    assert codes == [130, 143, -9] and 2 < reached < 320
+    assert_same_state("a/model.pt", "b/model.pt")
+    assert Path("a/samples.png").read_bytes() == Path("b/samples.png").read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("options", ["", " --conditional"])
+def test_2_resumed_on_cuda_equals_uninterrupted(monkeypatch, options):
+    """Interrupted after three of eight steps, the same weights bit for bit."""
+    command = "--data d.npz --width 8 --batch-size 8 --epochs 1 --device cuda" + options
+    data()
+    mnist.main([*command.split(), "--out", "a"])
+    with monkeypatch.context() as context, pytest.raises(SystemExit):
+        after_step(context, lambda run: run.step < 3 or signal.raise_signal(signal.SIGINT))
+        mnist.main([*command.split(), "--out", "b"])
+    mnist.main("--data d.npz --resume --out b".split())
+
+    assert_same_state("a/model.pt", "b/model.pt")
+
+
+def test_3_signal_handlers_of_before_come_back(monkeypatch):
+    """The step at hand is saved, and the next cell of a notebook has its Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    after_step(monkeypatch, lambda run: signal.raise_signal(signal.SIGTERM))
+
+    with pytest.raises(SystemExit) as error:
+        train("--epochs 1")
+
+    assert error.value.code == 143 and saved("o/model.pt")["step"] == 1
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_4_a_finished_model_is_not_replaced(capsys):
+    """But by --overwrite; --resume leaves it as it is."""
+    train()
+    before = Path("o/model.pt").read_bytes()
+
+    line = refusal(capsys, "--data d.npz --out o")
+    mnist.main("--data d.npz --device cpu --out o --resume".split())
+    assert "--overwrite" in line and Path("o/model.pt").read_bytes() == before
+
+    assert train("--overwrite --epochs 0.125")["step"] == 1
+
+
+def test_5_no_code_of_a_file_is_run(capsys):
+    """A checkpoint and an .npz that would make a folder when unpickled make none."""
+    Path("evil.pt").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")
+    np.savez("evil.npz", x_train=np.array([None]))
+
+    assert "evil.pt" in refusal(capsys, "--sample 1 --model evil.pt")
+    assert "evil.npz" in refusal(capsys, "--data evil.npz")
+    assert sorted(os.listdir()) == ["evil.npz", "evil.pt"]
+
+
+@pytest.mark.parametrize("says, arrays", [
+    ("(64, 6, 8)", {"x_train": X[:, :6]}),
+    ("float64", {"x_train": X / 1}),
+    ("(0, 8, 8)", {"x_train": X[:0]}),
+    ("(64, 8, 8, 4)", {"x_train": np.zeros((64, 8, 8, 4), np.uint8)}),
+    ("argmax", {"y_train": np.eye(64)}),
+    ("return_inverse", {"y_train": np.array(["a", "b"] * 32)}),
+    ("(63,)", {"y_train": np.arange(63)}),
+    ("0 or more", {"y_train": np.arange(64) - 1})])
+def test_6_data_that_do_not_fit(capsys, says, arrays):
+    """The line names the dtype and shape that were found, and what is wanted."""
+    data(**arrays)
+
+    assert says in refusal(capsys, "--data d.npz --conditional")
+    assert os.listdir() == ["d.npz"]
+
+
+@pytest.mark.parametrize("command", [
+    "--steps 1001 --sample 2", "--steps 0 --sample 2", "--eta 1.5", "--width 12",
+    "--batch-size 0", "--lr nan", "--epochs -1", "--sample 0", "--nonsense", "--label 3",
+    "--overwrite --resume", "--model o", "--width 16 --sample 2", "--data d --sample 2",
+    "--seed 1 --resume", "--lr 1 --resume", "--conditional --evaluate", "--schedule x"])
+def test_6_options_out_of_range_or_together(capsys, command):
+    """The line names the first option; nothing is written."""
+    assert command.split()[0] in refusal(capsys, command)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("command, says", [
+    ("--resume --out o --data other.npz", "[1, 8, 8]"),
+    ("--evaluate --out o --data other.npz", "[1, 8, 8]"),
+    ("--evaluate --out labels --data d.npz", "labels, [0, 2]"),
+    ("--resume --out half", "half/model.pt"),
+    ("--resume --out nowhere", "nowhere/model.pt"),
+    ("--sample 2 --out o --label 1", "labels are []"),
+    ("--sample 2 --out o --guidance 2", "labels are []"),
+    ("--sample 2 --out labels --label 1", "[0, 2]")])
+def test_6_options_that_do_not_fit_the_model(capsys, command, says):
+    """The checkpoint decides: what contradicts it is refused."""
+    np.savez("other.npz", x_train=np.zeros((64, 12, 12), np.uint8), x_test=X[:, :4])
+    torch.save(small_run(labels=[0, 2]).config, "o.npz")
+    for name, labels in (("o", None), ("labels", [0, 2])):
+        run = small_run(labels=labels)
+        run.save(Path(name, "model.pt"))
+    state = saved("o/model.pt")
+    Path("half").mkdir()
+    torch.save({"config": state["config"], "average": state["average"]}, "half/model.pt")
+    data()
+
+    assert says in refusal(capsys, command + " --device cpu")
+
+
+@pytest.mark.parametrize("white, says", [(255, "0..255,"), (1, "0..1, where white is")])
+def test_6_the_opening_line_tells_what_was_read(capsys, white, says):
+    """File, shape, lowest and highest value; of a highest value of 1 what white is."""
+    data(x_train=X + white * np.eye(8, dtype=np.uint8))
+
+    mnist.load_images("d.npz", "train", [])
+
+    out = capsys.readouterr().out
+    assert out.startswith("d.npz: x_train uint8 (64, 8, 8), y_train int64 (64,)")
+    assert says in out and "10 labels" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_7_without_cuda_the_cpu_computes(capsys):
+    """--device cuda is then a line on stderr, and a run on the CPU."""
+    assert train("--device cuda --epochs 0.125")["step"] == 1
+    assert capsys.readouterr().err == "no CUDA device here, so the CPU\n"
+
+
+def test_8_what_is_not_finite_is_not_saved(monkeypatch, capsys):
+    """A weight that is NaN ends the run, and the file of before stays."""
+    train()
+    before = Path("o/model.pt").read_bytes()
+    after_step(monkeypatch, lambda run: run.model.out.bias.data.fill_(float("nan")))
+
+    line = refusal(capsys, "--data d.npz --width 8 --out o --overwrite")
+
+    assert "--lr" in line and Path("o/model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("full, command", [
+    ("o/model.pt", "--data d.npz --width 8 --out o --overwrite"),
+    ("o/samples.png", "--sample 2 --out o"),
+    ("x.npz", "--sample 2 --out o --npz x.npz")])
+def test_9_a_full_disk_is_one_line(monkeypatch, capsys, full, command):
+    """It names the file; the model of before stays whole."""
+    train()
+    write = Path.write_bytes
+
+    def no_room(path, content):
+        if path.name == Path(full).name + ".tmp":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+
+    assert f"cannot write {full}" in refusal(capsys, command)
+    assert saved("o/model.pt")["step"] == 2
+
+
+def test_10_one_seed_one_result():
+    """Two runs have the same weights and pictures, another seed has others."""
+    runs = []
+    for seed in (3, 3, 4):
+        state = train(f"--overwrite --seed {seed} --epochs 0.25")
+        runs.append((str(state["average"]), Path("o/samples.png").read_bytes()))
+
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[2][0] and runs[0][1] != runs[2][1]
+
+
+def test_10_labels_come_out_as_the_data_have_them():
     """Of labels 5 and 905 two classes are learned, drawn evenly and accepted."""
-    state = train("--conditional", "--epochs", "0.25", y_train=np.resize([5, 905], 64))
+    state = train("--conditional --epochs 0.25", y_train=np.resize([5, 905], 64))
     mnist.main("--out o --sample 5 --steps 2 --npz x.npz".split())
     mnist.main("--out o --sample 2 --steps 2 --npz y.npz --label 905".split())
-    line = refusal(capsys, *"--out o --sample 2 --label 0".split())
 
     assert state["config"]["labels"] == [5, 905]
     assert state["model"]["label.weight"].shape[0] == 3         # and the null label
     with np.load("x.npz") as file:
-        assert file["x"].shape == (5, 8, 8)
+        assert file["x"].shape == (5, 8, 8) and file["x"].dtype == np.uint8
         assert file["y"].tolist() == [5, 5, 5, 905, 905]
     with np.load("y.npz") as file:
         assert file["y"].tolist() == [905, 905]
-    assert "[5, 905]" in line
 
 
-@pytest.mark.parametrize("options, images", [([], 280_000), (["--epochs", "3"], 192)])
-def test_images_seen(monkeypatch, options, images):
-    """The default is a number of images, whatever the data; --epochs overrules it."""
-    runs = []
-    monkeypatch.setattr(mnist, "train", lambda run, *_: runs.append(run))
+def test_config_and_average_are_enough_to_draw(capsys):
+    """--model names any file, also in float16, as small files have them."""
+    state = train("--conditional --epochs 0.25")
+    average = {name: value.half() for name, value in state["average"].items()}
+    torch.save({"config": state["config"], "average": average}, "small.pt")
 
-    mnist.main([*data(), *options])
+    mnist.main("--sample 3 --steps 2 --label 1 --guidance 2 --model small.pt".split())
+    mnist.main("--evaluate --model small.pt --data d.npz".split())
 
-    assert runs[0].config["total"] == images // 8
+    run = mnist.load_run("small.pt", CPU)
+    for name, value in run.average.state_dict().items():
+        torch.testing.assert_close(value, state["average"][name], rtol=1e-3, atol=1e-7)
+    assert "bits/dim on 64 images" in capsys.readouterr().out
+
+
+def test_a_step_sees_images_and_labels(monkeypatch):
+    """Pixels as [-1, 1], a tenth of the labels as the null label, and the rate after a
+    warm-up of 100 steps on half a cosine."""
+    run, images, labels = small_run(labels=[7], batch_size=500, lr=2.0), [], []
+    run.step = 250
+
+    def network(x_t, t, y):
+        labels.append(y)
+        return run.model(x_t, t, y)
+
+    def loss(model, x0, generator):
+        images.append(x0)
+        return model(x0, torch.ones(len(x0), dtype=torch.int64)).sum()
+
+    monkeypatch.setattr(run.diffusion, "loss", loss)
+    x = torch.tensor([0, 255], dtype=torch.uint8).repeat(32).reshape(1, 1, 8, 8)
+    for _ in range(4):
+        mnist.train_step(run, network, x, torch.zeros(1, dtype=torch.int64))
+
+    x0, null = torch.cat(images), (torch.cat(labels) == -1).double()
+    assert (x0.min(), x0.max()) == (-1, 1)
+    assert abs(null.mean() - 0.1) < 5 * (0.09 / len(null)) ** 0.5
+    rate = run.optimiser.param_groups[0]["lr"]
+    np.testing.assert_allclose(rate, 1 + np.cos(np.pi * 0.253), rtol=1e-9)
+    run.step = 0
+    mnist.train_step(run, network, x, torch.zeros(1, dtype=torch.int64))
+    np.testing.assert_allclose(run.optimiser.param_groups[0]["lr"], 0.02, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 8), (64, 8, 8, 1), (64, 8, 12, 3)])
+def test_images_keep_their_place(monkeypatch, shape):
+    """Grey images, with a channel or without, and colour, read and drawn again; what
+    lies outside [-1, 1] is clipped."""
+    pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    data(x_train=pixels)
+    x, _, _ = mnist.load_images("d.npz", "train")
+    run = small_run(shape=list(x.shape[1:]))
+    x_0 = x / 127.5 - 1
+    x_0[x == 255] = 3
+    monkeypatch.setattr(run.diffusion, "sample", lambda *a, **k: iter([x_0]))
+
+    *_, images = mnist.draw(run, torch.full((64,), -1), None)
+
+    np.testing.assert_array_equal(images.numpy().reshape(shape), pixels)
 
 
 def test_grid():
-    """Images stand in rows, and black fills the last."""
+    """Images stand in rows, and black fills the last; colour keeps its channels."""
     images = torch.arange(1, 6, dtype=torch.uint8).reshape(5, 1, 1)
+    colour = torch.rand(2, 4, 4, 3)
 
     assert mnist.grid(images).tolist() == [[1, 2, 3], [4, 5, 0]]
-    assert mnist.grid(torch.zeros(400, 8, 8)).shape == (160, 160)
+    assert torch.equal(mnist.grid(colour), torch.cat([colour[0], colour[1]], 1))
 
 
-def test_first_frame_of_denoising_is_the_finished_digits(monkeypatch):
-    """A quarter of them; viewers that do not animate show it."""
-    films = []
-    encode = mnist.encode_png
-
-    def remember(frames, **options):
-        films.append(frames)
-        return encode(frames, **options)
-
-    monkeypatch.setattr(mnist, "encode_png", remember)
-    train("--epochs", "0.125")
-
-    (page,), film = films
-    images = page.reshape(10, 8, 10, 8).transpose(1, 2).reshape(100, 8, 8)
-    digits = mnist.grid(images[::4])
-    assert torch.equal(film[0], digits) and torch.equal(film[-1], digits)
-    assert not torch.equal(film[10], digits)
-
-
-def test_learning_rate():
-    """A warm-up of 100 steps, then half a cosine to 0."""
-    rates = [mnist.learning_rate(step, 1000, 2.0) for step in (0, 49, 500, 1000)]
-
-    expected = [0.02, (1 + np.cos(0.049 * np.pi)) / 2, 1.0, 0.0]
-    np.testing.assert_allclose(rates, expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("threads, cores, says", [
-    (1, 0.5, False), (2, 1.99, False), (2, 1.3, True), (8, 5.0, True)])
-def test_progress(monkeypatch, threads, cores, says):
-    """At most 79 characters a line; it says what helps if threads lack their cores."""
-    run = small_run(total=99999, batch_size=256, N=60000)
-    run.step = 12345
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(mnist.time, "perf_counter", lambda: 7 + 12345.6)
-    monkeypatch.setattr(mnist.time, "process_time", lambda: 9 + 12345.6 * cores)
-
-    line = mnist.progress(run, torch.tensor(0.0234), start=0, begin=(7, 9))
-
-    assert "256 images/s  12346 s" in line and f"on {cores} cores" in line or not says
-    assert max(map(len, line.splitlines())) <= 79
-    assert ("OMP_NUM_THREADS=1" in line) == says
-
-
-def test_sampling_says_how_far_it_is(capsys):
-    """Once for each hundred, which take seconds."""
-    train()
+def test_evaluate_is_the_bound(capsys):
+    """--evaluate prints the mean of Eq. 5 over x_test: here by every t, for 16 of it."""
+    train("--epochs 4")
+    data(x_test=np.repeat(np.load("d.npz")["x_test"][:16], 40, 0))
     capsys.readouterr()
+    mnist.main("--evaluate --out o --data d.npz".split())
+    bits, _, error, *_ = capsys.readouterr().out.splitlines()[-1].split()
 
-    mnist.main("--out o --sample 250 --steps 1".split())
-
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
-        "100", "200", "250"]
-
-
-def test_evaluate_prints_the_bound(capsys):
-    """--evaluate prints bits/dim and its error."""
-    train()
-    capsys.readouterr()
-
-    mnist.main(["--out", "o", "--evaluate"])
-
-    words = capsys.readouterr().out.split()
-    assert words[1::2] == ["+-", "bits/dim", "64", "images"] and float(words[0]) > 0
+    run = mnist.load_run("o/model.pt", CPU)
+    x0 = mnist.load_images("d.npz", "test")[0][::40] / 127.5 - 1
+    nats = run.diffusion.prior_kl(x0)
+    with torch.no_grad():
+        for t in range(1, 1001):
+            times = torch.full((16,), t)
+            nats = nats + run.diffusion.vlb(run.average.module, x0, times)
+    exact = nats.mean().item() / 64 / np.log(2)
+    assert abs(float(bits) - exact) < 5 * float(error)
 
 
-@pytest.mark.parametrize("options, says, arrays", [
-    ("", "(64, 6, 8, 1)", {"x_train": np.zeros((64, 6, 8), np.uint8)}),
-    ("", "float64", {"x_train": np.zeros((64, 8, 8))}),
-    ("", "(0, 8, 8, 1)", {"x_train": np.zeros((0, 8, 8), np.uint8)}),
-    ("", "x_train", {"x_train": np.array([None])}),
-    ("", "--batch-size 8", {"x_train": np.zeros((1, 8, 8), np.uint8)}),
-    ("", "(8, 8, 4, 1)", {"x_train": np.zeros((8, 8, 4), np.uint8)}),
-    ("--conditional", "64 whole", {"y_train": np.arange(63)}),
-    ("--conditional", "64 whole", {"y_train": np.arange(64) / 2}),
-    ("--data missing.npz", "missing.npz", {}),
-    ("--data text.npz", "text.npz", {}),
-    ("--resume", "no checkpoint out/model.pt", {}),
-    ("--resume --out pickle", "cannot read pickle/model.pt", {}),
-    ("--sample 2 --out foreign", "no checkpoint", {}),
-    ("--out foreign", "foreign/samples.png exists", {}),
-    ("--out text.npz/o", "text.npz", {}),
-    ("--out text.npz", "a folder", {}),
-    ("--sample 2 --steps 1001", "1..1000", {}),
-    ("--sample 2 --steps 50.5", "50.5", {}),
-    ("--label 3", "go with --sample", {}),
-    ("--eta 1.5", "0..1", {}),
-    ("--width 12", "multiple of 8", {}),
-    ("--batch-size 0", "1..1000000", {}),
-    ("--lr nan", "nan", {}),
-    ("--resume --overwrite", "not allowed", {}),
-    ("--nonsense", "--nonsense", {}),
-])
-def test_bad_input_gets_one_line(options, says, arrays, capsys):
-    """One line on stderr that says what is wrong, exit code 2, and no file touched."""
-    Path("text.npz").write_text("no archive")
-    Path("pickle").mkdir()
-    Path("pickle/model.pt").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")    # makes a folder
-    Path("foreign").mkdir()
-    Path("foreign/samples.png").touch()
+@pytest.mark.parametrize("fails", [False, True])
+def test_capture_gets_what_a_step_passes(monkeypatch, capsys, fails):
+    """A stand-in for CUDA's graphs: arguments of the same shapes and types. Where the
+    capture fails one line says so, and the plain network goes on."""
+    run, seen = small_run(labels=[3, 5]), []
 
-    command = [*data(**arrays), "--epochs", "0.25", *options.split()]
+    def stand_in(model, arguments):
+        assert model is run.model and not torch.is_autocast_cache_enabled()
+        if fails:
+            raise RuntimeError("capture failed")
 
-    line = refusal(capsys, *command)
+        def graph(*now):
+            seen.extend(zip(arguments, now, strict=True))
+            return model(*now)
 
-    assert says in line
-    assert sorted(os.listdir()) == ["d.npz", "foreign", "pickle", "text.npz"]
+        return graph
 
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    network = mnist.capture(run)
+    x, y = torch.zeros(64, 1, 8, 8, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+    mnist.train_step(run, network, x, y)
 
-@pytest.mark.parametrize("options, says", [
-    ("--resume --width 16", "width 8"),
-    ("--resume --conditional", "conditional"),
-    ("--resume --data other.npz", "trained on"),
-    ("--resume --epochs 0.125", "before step 2"),
-    ("--sample 2 --label 1", "not trained with --conditional"),
-    ("--sample 2 --epochs 3", "--epochs"),
-    ("--sample 2 --data other.npz", "--data"),
-    ("--evaluate --batch-size 8", "--batch-size"),
-    ("--sample 2 --guidance 2", "--conditional"),
-    ("--sample 2 --npz o/model.pt", "new .npz file"),
-    ("--sample 2 --npz missing/x.npz", "folder that exists"),
-    ("--evaluate --data other.npz", "[64, 1, 12, 12]"),
-])
-def test_options_that_do_not_fit_the_model(options, says, capsys):
-    """The checkpoint decides: what contradicts it is refused, in one line."""
-    train()
-    x = np.zeros((64, 12, 12), np.uint8)
-    np.savez("other.npz", x_train=x, x_test=x)
-
-    assert says in refusal(capsys, "--out", "o", *options.split())
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
-def test_full_memory_names_the_way_out(monkeypatch, capsys, error):
-    """One line that names --batch-size and --width, on a GPU and on the CPU."""
-    monkeypatch.setattr(mnist, "Run", partial(raise_error, error))
-
-    line = refusal(capsys, *data())
-
-    assert "--batch-size" in line and "--width" in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-def test_without_cuda_the_cpu_computes(capsys):
-    """--device cuda is then a line on stderr, and a run on the CPU."""
-    state = train("--epochs", "0.25", "--device", "cuda")
-
-    assert state["step"] == 2
-    assert capsys.readouterr().err == "no cuda here, so the CPU\n"
+    assert len(seen) == (0 if fails else 3)
+    for captured, passed in seen:
+        assert (captured.shape, captured.dtype) == (passed.shape, passed.dtype)
+        assert captured.requires_grad == passed.requires_grad
+    assert ("capture failed" in capsys.readouterr().err) == fails

@@ -1,207 +1,110 @@
-"""docs/quality.py: each figure against a closed form, or what was published."""
-import re
-
+"""docs/quality.py: each figure against a closed form or a sum in float64."""
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
-from torch.testing import assert_close
 
 from docs import quality
+from docs.quality import CLASSIFIER, MNIST, SIGMAS, frechet_distance, load, near_copies
 
-TRAIN = quality.load(quality.MNIST, "x_train")
-TEST = quality.load(quality.MNIST, "x_test")
-LABELS = quality.load(quality.MNIST, "y_test")
-
-
-def gaussian_sample(n, mean, cov):
-    """Float64 (n, D) whose own mean and covariance are these, up to rounding."""
-    x = torch.randn(n, len(mean)).double()
-    x -= x.mean(0)
-    whitened = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
-    return mean + (torch.linalg.cholesky(cov) @ whitened).T
+TEST = load(MNIST, "x_test")[:500]
 
 
-def mixture(samples, sigma):
-    """The Parzen window as torch has it, float64."""
-    components = Independent(Normal(samples.double(), sigma), 1)
-    return MixtureSameFamily(Categorical(torch.ones(len(samples)).double()), components)
-
-
-def test_frechet_distance_of_a_set_with_itself_is_zero():
-    torch.manual_seed(0)
-    classifier = quality.load_classifier(quality.CLASSIFIER)
-    h, _ = quality.classify(classifier, TEST[:200])
-    assert abs(quality.frechet_distance(h, h)) < 1e-4 * torch.cov(h.T).trace()
-    x = torch.randn(500, 8).double()
-    assert abs(quality.frechet_distance(x, x)) < 1e-8
-
-
-def test_frechet_distance_where_covariances_commute():
-    """|m - n|^2 + sum (sqrt(a_i) - sqrt(b_i))^2, a and b the eigenvalues."""
+def test_frechet_distance_of_diagonal_and_of_commuting_covariances():
+    """Points m +- a_i q_i and n +- b_i q_i: |m - n|^2 + 2/11 sum (a_i - b_i)^2."""
     torch.manual_seed(1)
-    q, _ = torch.linalg.qr(torch.randn(6, 6).double())
-    a, b, m, n = torch.rand(4, 6).double() + 0.1
-
-    ours = quality.frechet_distance(
-        gaussian_sample(50, m, q @ a.diag() @ q.T),
-        gaussian_sample(70, n, q @ b.diag() @ q.T))
-    exact = (m - n).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
-
-    assert abs(ours - exact) < 1e-8
+    m, n, a, b = torch.rand(4, 6).double()
+    exact = ((m - n)**2 + 2 / 11 * (a - b)**2).sum()
+    rotated, _ = torch.linalg.qr(torch.rand(6, 6).double())
+    for q in (torch.eye(6), rotated):
+        x = m + torch.cat([q * a, -q * a], 1).T
+        y = n + torch.cat([q * b, -q * b], 1).T
+        assert abs(frechet_distance(x, y) - exact) < 1e-10
 
 
-def test_frechet_distance_where_they_do_not():
-    """In two dimensions Tr (AB)^(1/2) = sqrt(Tr AB + 2 sqrt(det AB))."""
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """Tr (AB)^(1/2) = Tr (R B R)^(1/2), R the symmetric root of A."""
     torch.manual_seed(2)
-    a = torch.tensor([[2.0, 0.6], [0.6, 0.5]]).double()
-    b = torch.tensor([[0.7, -0.4], [-0.4, 1.5]]).double()
-    m, n = torch.tensor([[1.0, 2.0], [0.5, -1.0]]).double()
-
-    x, y = gaussian_sample(50, m, a), gaussian_sample(70, n, b)
-    ours = quality.frechet_distance(x, y)
-    root = (torch.trace(a @ b) + 2 * torch.det(a @ b).sqrt()).sqrt()
-    exact = (m - n).square().sum() + a.trace() + b.trace() - 2 * root
-
-    assert abs(ours - exact) < 1e-8
+    x, y = torch.rand(2, 20, 6).double()
+    a, b = np.cov(x.T), np.cov(y.T)
+    values, vectors = np.linalg.eigh(a)
+    root = vectors * np.sqrt(values) @ vectors.T
+    traces = np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvalsh(root @ b @ root)).sum()
+    exact = (x - y).mean(0).square().sum() + traces
+    assert abs(frechet_distance(x, y) - exact) < 1e-10
 
 
-def test_parzen_is_the_mixture_of_gaussians():
-    """Of one sample, and of several."""
-    torch.manual_seed(3)
-    x, samples = torch.rand(700, 5).double(), torch.rand(30, 5).double()
-    for count in (1, 30):
-        ours = quality.parzen(x, samples[:count], 0.17)
-        exact = mixture(samples[:count], 0.17).log_prob(x)
-        assert_close(ours, exact, rtol=0, atol=1e-9)
+def log_density(x, samples, sigma):
+    """The Parzen window of samples (N, D) at x (M, D) as a plain sum: float64 (M,)."""
+    kernels = torch.distributions.Normal(samples, sigma).log_prob(x[:, None]).sum(2)
+    return kernels.exp().mean(1).log()
 
 
-def test_parzen_of_gaussian_samples_is_the_wider_gaussian():
-    """Samples of N(0, s^2 I) under a window sigma: nearly N(0, (s^2 + sigma^2) I)."""
-    torch.manual_seed(4)
-    s, sigma = 0.5, 0.3
-    samples, x = s * torch.randn(5000, 2).double(), s * torch.randn(2000, 2).double()
-
-    ours = quality.parzen(x, samples, sigma)
-    variance = s**2 + sigma**2
-    exact = -np.log(2 * np.pi * variance) - s**2 / variance
-
-    assert abs(ours.mean() - exact) < 5 * ours.std() / len(x)**0.5
-
-
-def test_parzen_figures_are_in_bits_and_sigma_is_chosen_on_other_images():
+def test_parzen_is_the_sum_in_bits_and_sigma_is_chosen_on_other_images():
     """Most of the training images are the images themselves: they must not count."""
-    random = np.random.default_rng(5)
-    images, others, test = random.integers(0, 256, (3, 50, 2, 2)).astype(np.uint8)
-    train = np.concatenate([images] * 20 + [others])
-    pixels = [torch.tensor(x.reshape(-1, 4) / 255) for x in (images, others, test)]
-
-    bits, error, sigma = quality.parzen_figures(images, train, test)
-    scores = [mixture(pixels[0], s).log_prob(pixels[1]).sum() for s in quality.SIGMAS]
-    best = quality.SIGMAS[int(np.argmax(scores))]
-    exact = mixture(pixels[0], best).log_prob(pixels[2]).numpy() / np.log(2)
-
-    assert quality.SIGMAS[0] < sigma == best
-    assert abs(bits - exact.mean()) < 1e-3
-    assert abs(error - exact.std(ddof=1) / 50**0.5) < 1e-3
+    torch.manual_seed(3)
+    x, others, test = torch.rand(610, 4).double().split([60, 40, 510])
+    train = torch.cat([x] * 20 + [others])
+    bits, error, sigma = quality.parzen_figures(x, train, test)
+    scores = [log_density(others, x, s).sum() for s in SIGMAS]
+    exact = log_density(test, x, sigma) / np.log(2)
+    assert SIGMAS[0] < sigma == SIGMAS[np.argmax(scores)]
+    assert abs(bits - exact.mean()) < 1e-10
+    assert abs(error - exact.std() / 510**0.5) < 1e-10
 
 
-def test_planted_copies_are_found():
-    """30 of 100 points lie near training points, the others as far as test points."""
-    torch.manual_seed(6)
-    train, test, new = torch.rand(500, 20), torch.rand(300, 20), torch.rand(70, 20)
-    copies = train[:30] + 0.001
-    assert quality.near_copies(copies, train, test) == 1
-    assert 0.3 <= quality.near_copies(torch.cat([copies, new]), train, test) < 0.34
+def test_near_copies_are_nearer_than_one_in_a_hundred_of_test():
+    """Six of 600 test points are nearer than 0.0117, and so are 30 of 100 points."""
+    train, test = torch.eye(600), (1 - torch.arange(1, 601) / 600).diag()
+    distance = torch.tensor([[0.0105]] * 30 + [[0.013]] * 70)
+    assert near_copies((1 - distance) * train[:100], train, test) == 0.3
 
 
-def test_spread_takes_all_of_a_sorted_file():
-    assert quality.spread(np.arange(10), 5).tolist() == [0, 2, 4, 6, 8]
-    assert quality.spread(np.arange(3), 5).tolist() == [0, 1, 2]
+def test_share_sure():
+    assert quality.share_sure(torch.tensor([[0.91, 0.09], [0.11, 0.89]])) == 0.5
 
 
-def test_classifier_knows_the_digits_also_one_by_one():
-    classifier = quality.load_classifier(quality.CLASSIFIER)
-    _, p = quality.classify(classifier, TEST[:1000])
-    assert (p.argmax(1).numpy() == LABELS[:1000]).mean() > 0.99
-    assert_close(p.sum(1), torch.ones(1000))
-    _, alone = quality.classify(classifier, TEST[:1])
-    assert_close(alone, p[:1], rtol=0, atol=1e-4)
+def test_classifier_knows_the_digits():
+    _, p = quality.classify(quality.load_classifier(CLASSIFIER), TEST)
+    assert (p.argmax(1) == load(MNIST, "y_test")[:500]).sum() >= 495
 
 
-def test_table_has_the_published_floor_and_the_planted_copies(
-        tmp_path, capsys, monkeypatch):
-    """1,000 real training images have 11.8; a fifth of the file is copied from them."""
-    monkeypatch.setattr(quality, "SIGMAS", [0.21])
-    images = TEST[:1000].copy()
-    images[::5] = TRAIN[:200]
-    np.savez(tmp_path / "digits.npz", x=images)
-
-    quality.main([str(tmp_path / "digits.npz")])
-    rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()]
-    table = {row[0]: row[1:] for row in rows[1:7]}
-
-    assert rows[0] == ["", "digits.npz", "real training images"]
-    assert table["images"] == ["1,000", "1,000"]
-    assert abs(float(table["Frechet distance"][1]) - 11.8) < 0.11
-    assert abs(float(table["sure digits"][1][:-1]) - 98.5) < 0.3
-    assert 20 <= float(table["near-copies, 500"][0][:-1]) < 22
-    bits, error = map(float, table["Parzen of 1,000, bits"][1].split(" +- "))
-    assert abs(bits - 176.1) < 0.3 and abs(error - 2.4) < 0.11
-    assert table["its sigma"] == ["0.21", "0.21"]
+def test_table_of_test_images_and_planted_copies(tmp_path, capsys, monkeypatch):
+    file, train = tmp_path / "digits.npz", load(MNIST, "x_train")[:700]
+    np.savez(file, x=torch.cat([TEST[:100], train[:50]]), x_train=train, x_test=TEST)
+    monkeypatch.setattr(quality, "MNIST", file)
+    quality.main([str(file)])
+    lines = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "digits.npz: 150 images 28 x 28, 0..255"
+    distance, floor = lines[3].removeprefix("Frechet distance ").split()
+    assert 0 < float(distance) < float(floor)
+    assert lines[4] == "sure digits 100.0% 98.7%"
+    assert lines[5] == "near-copies, 150 33.3% test images: 1.0%"
+    assert lines[6].startswith("Parzen of 150, bits ")
+    assert lines[7] == "its sigma 0.23 0.22"
 
 
-def test_trained_classifier_can_be_used(tmp_path, capsys, monkeypatch):
-    """Two classes that are told apart by their brightness."""
-    y = np.arange(128) % 2
-    x = np.broadcast_to(y[:, None, None] * 200, (128, 28, 28)).astype(np.uint8)
-    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    monkeypatch.setattr(quality, "MNIST", tmp_path / "data.npz")
-
-    quality.train_classifier(tmp_path / "mine.pt", epochs=8)
-    assert "100.00% of the test images right" in capsys.readouterr().out
-    classifier = quality.load_classifier(tmp_path / "mine.pt")
-    _, p = quality.classify(classifier, x)
-    assert (p.argmax(1).numpy() == y).all()
-
-
-DIGITS = np.zeros((200, 28, 28), np.uint8)
-BAD = {
-    "missing": (None, "FileNotFoundError"),
-    "other name": ({"images": DIGITS}, "no .npz with an array x"),
-    "pickled": ({"x": np.array([None, DIGITS], dtype=object)}, "no .npz with"),
-    "float": ({"x": DIGITS / 255}, "is float64 (200, 28, 28): want uint8"),
-    "channels": ({"x": DIGITS[..., None]}, "(200, 28, 28, 1): want uint8 (N, 28, 28)"),
-    "one image": ({"x": DIGITS[0]}, "want uint8 (N, 28, 28)"),
-    "few": ({"x": DIGITS[:128]}, "has 128 images, 129 are the least"),
-}
-
-
-def assert_refused(argv, message, capsys):
+@pytest.mark.parametrize("words, message", [
+    ("", "are required: file"),
+    ("no.npz", "no.npz: want an .npz with an array x: FileNotFoundError"),
+    ("text", "text: want an .npz with an array x: "),
+    ("old.npz", "old.npz: want an .npz with an array x: ValueError"),
+    ("float.npz", "float.npz: torch.float64 (200, 28, 28), want uint8 (N, 28, 28)"),
+    ("flat.npz", "torch.uint8 (200, 784), want uint8 (N, 28, 28), N > 128"),
+    ("few.npz", "torch.uint8 (128, 28, 28), want uint8 (N, 28, 28), N > 128"),
+    ("ones.npz", "ones.npz: 1..1, want 0..255"),
+    ("ones.npz --classifier text", "text: want weights of this classifier: "),
+    ("text --train-classifier", "text: want a new file, in a folder that exists"),
+])
+def test_refused_in_one_line(words, message, tmp_path, capsys, monkeypatch):
+    """Python prints a text in SystemExit to stderr and exits with code 1."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("text")
+    ones = np.ones((200, 28, 28), np.uint8)
+    arrays = {"old": np.array([None]), "float": ones / 255, "few": ones[:128],
+              "flat": ones.reshape(200, 784), "ones": ones}
+    for name in arrays:
+        np.savez(f"{name}.npz", x=arrays[name])
     with pytest.raises(SystemExit) as end:
-        quality.main([str(word) for word in argv])
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
-    assert message in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_refused_in_one_line(name, tmp_path, capsys):
-    arrays, message = BAD[name]
-    path = tmp_path / "digits.npz"
-    if arrays is not None:
-        np.savez(path, **arrays)
-    assert_refused([path], message, capsys)
-
-
-def test_bad_command_is_refused_in_one_line(tmp_path, capsys):
-    path, broken = tmp_path / "digits.npz", tmp_path / "broken.pt"
-    np.savez(path, x=DIGITS)
-    broken.write_text("no weights")
-    assert_refused([], "is required", capsys)
-    assert_refused([path, "--classifier", broken], "no weights of this", capsys)
-    nowhere = tmp_path / "missing" / "mine.pt"
-    for place in (nowhere, path, path / "mine.pt"):
-        assert_refused(["--train-classifier", place], "in a folder that exists", capsys)
-    assert broken.read_text() == "no weights"
+        quality.main(words.split())
+    assert message in end.value.code and "\n" not in end.value.code
+    assert capsys.readouterr() == ("", "")
