@@ -24,7 +24,7 @@ from torch import nn
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """beta_1..beta_T, float64 (T,), evenly spaced (Sec. 4). The ends suit T = 1000; for
-    another T scale both by 1000 / T, or alpha_bar_T is not near 0."""
+    a smaller T, above 20, scale both by 1000 / T, or alpha_bar_T is not near 0."""
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
 
@@ -53,7 +53,7 @@ class GaussianDiffusion(nn.Module):
     betas (T,) inside (0, 1), to which gradients pass. Buffers (T+1,), float32 unless
     said: beta, alpha_bar, signal = sqrt(alpha_bar), noise = sqrt(1 - alpha_bar).
     t: int64 (B,) in 1..T. A model: any callable (x_t, t) -> eps of x_t's shape; bind
-    labels by classifier_free or partial. ValueError where torch would err silently."""
+    labels by classifier_free or partial. ValueError for shapes, on a CPU also for t."""
 
     def __init__(self, betas, dtype=torch.float32):
         super().__init__()
@@ -82,7 +82,7 @@ class GaussianDiffusion(nn.Module):
 
     def q_sample(self, x0, t, eps):
         """x_t ~ q(x_t | x0), (B, ...), for eps ~ N(0, I) of x0's shape (Eq. 4)."""
-        signal, noise = self._signal_noise(t, x0, eps)
+        signal, noise = self._signal_noise(t, eps, x0)
         return signal * x0 + noise * eps
 
     def q_posterior(self, x0, x_t, t):
@@ -143,7 +143,7 @@ class GaussianDiffusion(nn.Module):
         for one t, drawn with probability p_t, over p_t. Average over many x0."""
         levels = (x0 + 1) * 127.5                               # NaN is refused, too:
         if not (levels - levels.round()).abs().max() < 0.01 or x0.abs().max() > 1:
-            raise ValueError(f"want x0 of 8 bits in [-1, 1]: {x0.min()}..{x0.max()}")
+            raise ValueError(f"want float32 x0 = k / 127.5 - 1: {x0.min()}..{x0.max()}")
         # p_t in proportion to L_{t-1} of N(0, I) data (docs/derivations.md), t >= 2.
         snr = (self.signal / self.noise) ** 2
         weight = snr[1:-1] * self.beta[2:]
@@ -164,7 +164,7 @@ class GaussianDiffusion(nn.Module):
         """One reverse step, x_t (B, ...) to x_{t_prev}; ints t_prev < t, default t - 1.
         It is DDIM's (Song et al. 2021, Eqs. 12, 16): eta = 0 adds no noise; eta = 1,
         t_prev = t - 1, clip=False is line 4 of Algorithm 2 with sigma_t^2 = beta~_t.
-        clip: the model's x0 into [-1, 1], as in the authors' code."""
+        clip: the model's x0 into [-1, 1] (the authors' code); False for other data."""
         t_prev = t - 1 if t_prev is None else t_prev
         if not 0 <= t_prev < t <= self.T or not 0 <= eta <= 1:
             raise ValueError(f"want t_prev < t in 0..T, eta in 0..1: {t_prev, t, eta}")
@@ -174,7 +174,7 @@ class GaussianDiffusion(nn.Module):
         signal, noise = self.signal[t_prev], self.noise[t_prev]
         alpha = (self.signal[t] / signal) ** 2                  # alpha_t, if one step
         sigma = eta * noise / self.noise[t] * (1 - alpha).sqrt()    # 0 where t_prev = 0
-        rest = (noise**2 - sigma**2).clamp(min=0)               # by rounding -1e-9
+        rest = (noise**2 - sigma**2).clamp(min=0)               # negative by rounding
         z = torch.empty_like(x_t).normal_(generator=generator)
         return signal * x0 + rest.sqrt() * eps + sigma * z
 
@@ -208,7 +208,7 @@ def _at(values, t, x):
 
 def _eps_theta(model, x_t, t):
     """The model's eps, in x_t's dtype whichever the network computes in."""
-    eps = model(x_t.clone(), t)                 # a network may work in place
+    eps = model(x_t.clone(), t.clone())         # a network may work in place
     if eps.shape != x_t.shape:
         raise ValueError(f"want {tuple(x_t.shape)} from the model, got {eps.shape}")
     return eps.to(x_t.dtype)
@@ -218,15 +218,15 @@ def gaussian_kl(mean_q, var_q, mean_p, var_p):
     """KL of N(mean_q, var_q) to N(mean_p, var_p), nats, elementwise (Eq. 8 is the case
     var_q = var_p). var_q is a tensor; the others can be numbers."""
     ratio = var_q / var_p
-    square = (mean_q - mean_p) ** 2
-    return 0.5 * ((ratio - 1 - torch.log(ratio)) + square / var_p)
+    return 0.5 * ((ratio - 1 - torch.log(ratio)) + (mean_q - mean_p) ** 2 / var_p)
 
 
 def discretised_log_likelihood(x0, mean, var):
     """log of N(mean, var)'s mass in x0 +- 1/255, nats, elementwise (Eq. 13), for 8-bit
     x0 in [-1, 1]; at both ends the bin reaches to infinity."""
-    upper = torch.where(x0 > 0.999, math.inf, x0 + 1 / 255 - mean)
-    lower = torch.where(x0 < -0.999, -math.inf, x0 - 1 / 255 - mean)
+    far = 40 * var.sqrt() + (x0 - mean).abs()           # infinity, with gradients
+    upper = torch.where(x0 > 0.999, far, x0 + 1 / 255 - mean)
+    lower = torch.where(x0 < -0.999, -far, x0 - 1 / 255 - mean)
     # Phi(upper) - Phi(lower), mirrored into the left tail, where Phi keeps its digits.
     mirror = lower + upper > 0
     left = torch.where(mirror, -upper, lower)
@@ -239,11 +239,11 @@ def discretised_log_likelihood(x0, mean, var):
 def classifier_free(model, y, s):
     """The callable (x_t, t) -> eps_null + s (eps_y - eps_null) of a model(x_t, t, y)
     trained with some y = -1, the null label (Ho & Salimans 2022, Eq. 6, w = s - 1).
-    y: int64 (B,); s: a number, or a tensor that broadcasts over eps."""
+    y: int64 (B,); s: a number, or (B, 1, ...)."""
     def guided(x_t, t):
         # Copies: a network may work in place, or return one buffer each time.
-        eps_null = model(x_t.clone(), t, torch.full_like(y, -1)).clone()
-        eps_y = model(x_t.clone(), t, y)
+        eps_null = model(x_t.clone(), t.clone(), torch.full_like(y, -1)).clone()
+        eps_y = model(x_t, t, y.clone())
         return eps_null + s * (eps_y - eps_null)
     return guided
 
@@ -267,20 +267,20 @@ class ResBlock(nn.Module):
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
-        h = self.conv2(F.silu(h))
-        return self.shortcut(x) + h
+        return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
     """eps (B, C, H, W) of x (B, C, H, W) at t, int64 (B,), for one shape (C, H, W), H
     and W divisible by 4. y: int64 (B,), labels below classes; -1, or no y, is the null
-    label. width: of the finest level, a multiple of 8. After App. B, but space-to-depth
-    for its finest level, AdaGN, and fully connected layers for attention."""
+    label. width: channels at H/2, a multiple of 8. After App. B, but space-to-depth for
+    the level H, one block a level, and fully connected layers for attention."""
 
     def __init__(self, shape=(1, 28, 28), width=48, classes=0):
         super().__init__()
         channels, w, emb = shape[0], width, 4 * width
-        values = 2 * w * (shape[1] // 4) * (shape[2] // 4)      # at H/4
+        self.coarse = 2 * w, shape[1] // 4, shape[2] // 4       # (C, H, W) at H/4
+        values = math.prod(self.coarse)
         self.time = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(classes + 1, emb)           # row 0: null
         self.stem = nn.Conv2d(4 * channels, w, 3, padding=1)
@@ -307,13 +307,13 @@ class UNet(nn.Module):
         exponent = torch.arange(32, dtype=torch.float32, device=t.device) / 32
         angle = t[:, None] / 10000**exponent
         waves = torch.cat([angle.sin(), angle.cos()], 1)        # (B, 64)
-        y = torch.full_like(t, -1) if y is None else y
-        emb = F.silu(self.time(waves.to(self.out.weight.dtype)) + self.label(y + 1))
+        row = torch.zeros_like(t) if y is None else y + 1       # 0: the null label
+        emb = F.silu(self.time(waves.to(self.out.weight.dtype)) + self.label(row))
         h0 = self.stem(F.pixel_unshuffle(x.to(emb.dtype), 2))   # (B, w, H/2, W/2)
         h1 = self.encode1(h0, emb)
         h2 = self.encode2(self.down(h1), emb)                   # (B, 2w, H/4, W/4)
         h = F.silu(self.mlp_in(h2) + self.mlp_emb(emb))         # (B, 256)
-        h = h2 + self.mlp_out(h).reshape(h2.shape)
+        h = h2 + self.mlp_out(h).unflatten(1, self.coarse)
         h = self.decode2(torch.cat([h, h2], 1), emb)
         h = F.pixel_shuffle(self.up(h), 2)                      # (B, w, H/2, W/2)
         h = self.decode1(torch.cat([h, h1], 1), emb)

@@ -6,8 +6,7 @@
     python mnist_ddpm.py --evaluate                 # the variational bound, bits/dim
     python mnist_ddpm.py --conditional --out labels # with labels
 
-RESULT 1
-RESULT 2
+RESULT
 """
 import argparse
 import io
@@ -26,8 +25,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ddpm_min as ddpm
 
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
-CPU = {"images": 400_000, "batch_size": 32, "width": 24, "beta_2": 0.95}
-CUDA = {"images": 1_800_000, "batch_size": 256, "width": 96, "beta_2": 0.99}
+CPU = dict(images=500_000, batch_size=64, lr=3.5e-3, width=24, beta_2=0.95)
+CUDA = dict(images=1_800_000, batch_size=256, lr=2.5e-3, width=96, beta_2=0.99)
 
 
 def load_images(path, split, labels=None):
@@ -40,12 +39,13 @@ def load_images(path, split, labels=None):
             y = np.full(len(x), -1) if labels is None else file[f"y_{split}"]
     except Exception as error:  # numpy knows a dozen for missing, broken, foreign files
         sys.exit(f"cannot read {path}: {error!r:.100}")
-    found = f"{path}: x_{split} {x.dtype} {x.shape}, y_{split} {y.dtype} {y.shape}"
+    found = f"{path}: x_{split} {x.dtype} {x.shape}"
     x = x[..., None] if x.ndim == 3 else x
     fits = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[3] in (1, 3)
     if not fits or x.shape[1] % 4 or x.shape[2] % 4:
         sys.exit(f"{found}: want x uint8 (N, H, W[, 3]), H and W divisible by 4")
     if labels is not None:
+        found += f", y_{split} {y.dtype} {y.shape}"
         if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
             sys.exit(f"{found}: want y integers of 0 or more, (N,), made of names by "
                      "np.unique(y, return_inverse=True)[1], of one-hot by y.argmax(1)")
@@ -76,6 +76,7 @@ class Run:
 
     def __init__(self, config, device):
         self.config, self.device, self.step, self.stopped = config, device, 0, None
+        self.steps = math.ceil(config["images"] / config["batch_size"])
         self.generator = torch.Generator(device).manual_seed(config["seed"])
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
@@ -85,10 +86,9 @@ class Run:
         layout = torch.contiguous_format if cuda else torch.channels_last
         self.model = model.to(device, memory_format=layout)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, config["beta_2"]), weight_decay=0,
-            fused=True)
-        # Where a GPU has bfloat16 networks compute in it; the weights stay float32.
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(), betas=(0.9, config["beta_2"]), fused=True)
+        # Networks compute in bfloat16 where a GPU has it, uncached, as capture wants.
         on = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, on, False)
 
@@ -147,18 +147,17 @@ def grid(images):
 
 
 def capture(run):
-    """run.model replayed as a CUDA graph: a small network waits for its launches."""
+    """Have run.model replayed as a CUDA graph: a small one waits for its launches."""
     x_t = torch.zeros(run.config["batch_size"], *run.config["shape"], device=run.device)
     t = torch.ones(len(x_t), dtype=torch.int64, device=run.device)
     try:
         with run.autocast():
-            return torch.cuda.make_graphed_callables(run.model, (x_t, t, t - 1))
+            torch.cuda.make_graphed_callables(run.model, (x_t, t, -t))
     except RuntimeError as error:
         print(f"no CUDA graph, so slower: {error!r:.100}", file=sys.stderr)
-        return run.model
 
 
-def train_step(run, network, x_train, y_train):
+def train_step(run, x_train, y_train):
     """A step of Algorithm 1 on what load_images returns; the loss, detached."""
     config, draws = run.config, {"generator": run.generator, "device": run.device}
     i = torch.randint(len(x_train), (config["batch_size"],), **draws)
@@ -168,7 +167,7 @@ def train_step(run, network, x_train, y_train):
     y = y_train[i].masked_fill(null, -1)
 
     def model(x_t, t):
-        return network(x_t, t, y)           # by position, as a captured network wants
+        return run.model(x_t, t, y)         # by position, as a captured network wants
     with run.autocast():
         loss = run.diffusion.loss(model, x0, run.generator)
     run.optimiser.zero_grad()
@@ -176,7 +175,7 @@ def train_step(run, network, x_train, y_train):
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     # The rate warms up for 100 steps and falls to 0 by half a cosine.
     warm_up = min(1, (run.step + 1) / 100)
-    cosine = (1 + math.cos(math.pi * run.step / config["steps"])) / 2
+    cosine = (1 + math.cos(math.pi * run.step / run.steps)) / 2
     run.optimiser.param_groups[0]["lr"] = config["lr"] * warm_up * cosine
     run.optimiser.step()
     run.average.update_parameters(run.model)
@@ -186,14 +185,16 @@ def train_step(run, network, x_train, y_train):
 
 def train(run, x_train, y_train, path):
     """Train, and save at path, to the last step; Ctrl-C or SIGTERM end the program."""
-    steps, start, B = run.config["steps"], run.step, run.config["batch_size"]
-    network = capture(run) if run.device.type == "cuda" else run.model
+    steps, start, B = run.steps, run.step, run.config["batch_size"]
+    if run.device.type == "cuda":
+        capture(run)
     loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
-    begin, saved, last = time.perf_counter(), -math.inf, run.step == steps
+    begin, saved = time.perf_counter(), -math.inf       # so that step 1 is saved
+    last = run.step == steps
     handlers = {n: signal.signal(n, run.stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         while not last:
-            latest = train_step(run, network, x_train, y_train)
+            latest = train_step(run, x_train, y_train)
             loss.lerp_(latest, max(0.01, 1 / (run.step - start)))
             now, last = time.perf_counter(), run.step == steps or run.stopped
             if last or now > saved + 10:
@@ -215,7 +216,7 @@ def sample(run, args):
     if args.label not in (None, *labels) or args.guidance != 1 and not labels:
         sys.exit(f"--label, --guidance: the model's labels are {labels}")
     classes = torch.full((n,), -1)
-    if labels:                              # all of them, in order, equally often
+    if labels:                              # in order, as evenly as n allows
         classes = torch.arange(n) * len(labels) // n
     if args.label is not None:
         classes.fill_(labels.index(args.label))
@@ -261,9 +262,9 @@ def parse_arguments(argv=None):
     add("--evaluate", action="store_true", help="print the bound on x_test, bits/dim")
     add("--sample", type=int, help="draw so many")
     add = parser.add_argument_group("a new run").add_argument
-    add("--epochs", type=float, help="default: 400,000 images, on CUDA 1,800,000")
-    add("--batch-size", type=int, help="default: 32, on CUDA 256")
-    add("--lr", type=float, default=2.5e-3, help="of AdamW (default: 0.0025)")
+    add("--epochs", type=float, help="default: 500,000 images, on CUDA 1,800,000")
+    add("--batch-size", type=int, help="default: 64, on CUDA 256")
+    add("--lr", type=float, help="of Adam (default: 0.0035, on CUDA 0.0025)")
     add("--width", type=int, help="by eights (default: 24, on CUDA 96)")
     add("--schedule", choices=["laplace", "cosine", "linear"], default="laplace",
         help="default: laplace; cosine suits fine texture, photographs")
@@ -290,8 +291,8 @@ def check(parser, args):
     unfit = ["data"] if args.sample else ["steps", "eta", "label", "guidance", "npz"]
     if args.resume or args.evaluate or args.sample:
         unfit += ["epochs", "batch_size", "lr", "width", "schedule", "conditional"]
-    if not args.evaluate and not args.sample:
-        unfit += ["model", "seed"] if args.resume else ["model"]
+    unfit += ["seed"] if args.resume or args.evaluate else []
+    unfit += [] if args.sample or args.evaluate else ["model"]
     for name in unfit:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does not go with the others")
@@ -320,14 +321,13 @@ def main(argv=None):
         sys.exit(f"{path} exists: --resume goes on, --overwrite replaces it")
     else:
         x, y, labels = load_images(args.data, "train", [] if args.conditional else None)
-        default = CUDA if cuda else CPU
-        batch_size = args.batch_size or default["batch_size"]
-        images = args.epochs * len(x) if args.epochs else default["images"]
-        run = Run({
-            "seed": args.seed, "schedule": args.schedule, "shape": list(x.shape[1:]),
-            "labels": labels, "width": args.width or default["width"], "lr": args.lr,
-            "beta_2": default["beta_2"], "batch_size": batch_size,
-            "steps": math.ceil(images / batch_size)}, device)
+        config = {**(CUDA if cuda else CPU), "seed": args.seed, "labels": labels,
+                  "schedule": args.schedule, "shape": list(x.shape[1:])}
+        for name in ("batch_size", "lr", "width"):
+            config[name] = getattr(args, name) or config[name]
+        if args.epochs:
+            config["images"] = args.epochs * len(x)
+        run = Run(config, device)
     x, y = x.to(device), y.to(device)
     if args.evaluate:
         evaluate(run, x, y)

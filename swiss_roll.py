@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm_min import GaussianDiffusion, encode_png, gaussian_kl
-from mnist_ddpm import write_file
+from mnist_ddpm import write_file       # whole or not at all
 
 T = 40                                                  # App. D.1.1
 HELD_OUT = 100_000                                      # points that K is measured on
@@ -33,11 +33,11 @@ def bound(x0, diffusion, reverse, eps):
     """K of each of n points, nats (n,), whose mean is (Eq. 14)
     K = -sum_{t>=2} E KL(q(x^{t-1} | x^t, x^0) || p(x^{t-1} | x^t))
         + H_q(X^T | X^0) - H_q(X^1 | X^0) - H_p(X^T).
-    x0 (n, d) of mean variance 1; eps ~ N(0, I), (T-1, n, d), for x^2..x^T (ValueError
-    for another shape). reverse(x_t (T-1, n, d), t int64 (T-1,)): mean and variance of
-    p(x^{t-1} | x^t), broadcast with x_t. The edge step (Eq. 44) adds 0 on average."""
+    x0 (n, d) of mean variance 1, so that the edge step (Eq. 44) adds 0 on average;
+    eps ~ N(0, I), (T-1, n, d), for x^2..x^T. reverse(x_t (T-1, n, d), t int64 (T-1,)):
+    mean and variance of p(x^{t-1} | x^t), broadcast with x_t."""
     n, d = x0.shape
-    t = torch.arange(2, diffusion.T + 1)
+    t = torch.arange(2, diffusion.T + 1)                # q_sample's batch: the steps
     x0 = x0.expand(len(t), n, d)
     x_t = diffusion.q_sample(x0, t, eps)
     mean_q, var_q = diffusion.q_posterior(x0, x_t, t)
@@ -104,8 +104,8 @@ class MLP(nn.Module):
 
 def schedule(sigma):
     """beta_1..beta_T, float64 (T,), for a roll of that sigma in (0, 1): v_t, the
-    variance of x^t across the curve, grows by 1.001 at t = 1 and then by one factor at
-    every step, until alpha_bar_T is 0.01: x^T is all but N(0, I)."""
+    variance of x^t across the curve, grows by a factor of 1.001 at t = 1, then by one
+    factor at every step, until alpha_bar_T is 0.01: x^T is all but N(0, I)."""
     # Equal factors cost a diagonal f_Sigma least: docs/derivations.md.
     v_0 = sigma**2
     v_1 = 1.001 * v_0
@@ -148,7 +148,7 @@ def train(net, roll, steps, rate, learn_beta, generator):
         if step % every == 0:
             mean, seconds = np.mean(bits[-every:]), time.time() - start
             print(f"{step}/{steps}: K {mean:.3f} bits, {seconds:.0f} s", flush=True)
-    return GaussianDiffusion(beta.detach())
+    return GaussianDiffusion(torch.cat([beta_1, torch.sigmoid(logits)]).detach())
 
 
 @torch.no_grad()
@@ -223,14 +223,15 @@ def draw(x, u):
     place = torch.stack([-x[:, 1], x[:, 0]], dim=1)     # row, column
     window = [-3.0, 3.0, -3.0, 3.0]
     layers = []
-    for weight in [torch.ones(len(x)), *rgb]:
+    for weight in [torch.ones(len(x)), *rgb]:           # cover, then colour
         layer, _ = torch.histogramdd(place, 336, range=window, weight=weight)
         layers.append(layer)
     # Means over 3 x 3 pixels make dots of points.
     layers = F.avg_pool2d(torch.stack(layers), 3, stride=1, padding=1)
     cover, colour = layers[:1], layers[1:]
     opacity = 1 - torch.exp(-12 * cover)
-    page = 1 - opacity * (1 - colour / cover.clamp(min=1e-9))
+    mean = colour / cover.clamp(min=1e-9)
+    page = 1 - opacity + opacity * mean                 # on white
     return (255 * page).byte().permute(1, 2, 0)
 
 

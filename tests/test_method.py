@@ -1,17 +1,12 @@
 """The method in ddpm_min.py, but for the identities that test_ddpm_min.py proves."""
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
 
-import test_ddpm_min
 from ddpm_min import (GaussianDiffusion, UNet, classifier_free, cosine_schedule,
                       discretised_log_likelihood, laplace_schedule, linear_schedule)
 from test_ddpm_min import HALF, assert_close, exact_eps, seeded, some_model
@@ -31,27 +26,16 @@ def same(x, t):
     return x.double()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_proofs_hold_on_cuda():
-    """test_ddpm_min.py passes with all its tensors there, and so does test_unet.py."""
-    unet = __file__.replace("method", "unet")
-    command = [sys.executable, "-m", "pytest", "-q", test_ddpm_min.__file__, unet]
-    subprocess.run(command, env={**os.environ, "DEVICE": "cuda"}, check=True)
-
-
 def test_linear_schedule():
     """beta_t rises evenly from 1e-4 to 0.02, for T = 1000."""
-    ours = linear_schedule()
-
     t = torch.arange(1, 1001).double()
-    assert_close(ours, 1e-4 + (t - 1) / 999 * (0.02 - 1e-4))
+    assert_close(linear_schedule(), 1e-4 + (t - 1) / 999 * 0.0199)
 
 
 @pytest.mark.parametrize("options, T, s", [((), 1000, 0.008), ((20, 0.1), 20, 0.1)])
 def test_cosine_schedule(options, T, s):
     """alpha_bar_t = f(t) / f(0), but that no beta is above 0.999."""
     ours = cosine_schedule(*options)
-
     u = np.arange(T) / T                                # not t = T, where beta is cut
     f = np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
     alpha_bar = np.cumprod(1 - ours.numpy())
@@ -62,23 +46,18 @@ def test_cosine_schedule(options, T, s):
 @pytest.mark.parametrize("options, mu, b", [((), -1.5, 1), ((1000, 1, 0.5), 1, 0.5)])
 def test_laplace_schedule(options, mu, b):
     """P(log SNR < log SNR_t) = 1 - t / (T + 1) by the CDF of Laplace(mu, b)."""
-    betas = laplace_schedule(*options)
-
-    alpha_bar = torch.cumprod(1 - betas, 0)
+    alpha_bar = torch.cumprod(1 - laplace_schedule(*options), 0)
     z = (torch.log(alpha_bar / (1 - alpha_bar)) - mu) / b
     cdf = 0.5 - z.sign() * torch.expm1(-z.abs()) / 2
     assert_close(cdf, 1 - torch.arange(1, 1001).double() / 1001)
 
 
-@pytest.mark.parametrize("T", [1, 2, 1000])
+@pytest.mark.parametrize("T, t_prev", [(1, 0), (2, 0), (2, 1), (1000, 1), (1000, 2)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_any_T(schedule, T):
-    """No step is infinite, or NaN, as the root of a variance of -1e-9 is."""
-    diffusion = GaussianDiffusion(schedule(T))
-
-    steps = [diffusion.p_sample(same, X, T, t_prev) for t_prev in range(min(T, 4))]
-
-    assert torch.stack(steps).isfinite().all()
+def test_any_T(schedule, T, t_prev):
+    """No step is infinite, or NaN, as the root of -3e-11 is; all keep x's dtype."""
+    step = GaussianDiffusion(schedule(T)).p_sample(same, X.half(), T, t_prev)
+    assert step.isfinite().all() and step.dtype == torch.float16
 
 
 def test_warns_of_alpha_bar_T():
@@ -86,68 +65,38 @@ def test_warns_of_alpha_bar_T():
     with pytest.warns(UserWarning, match="alpha_bar_T = 0.36 ") as seen:
         for schedule in [*SCHEDULES, partial(linear_schedule, 100)]:
             list(GaussianDiffusion(schedule()).sample(same, (1, 1), 5))
-
     assert len(seen) == 1
 
 
 def test_gradients():
-    """d log alpha_bar_T / d beta_t = -1 / (1 - beta_t); steps and bits have none."""
-    betas = torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    diffusion = GaussianDiffusion(betas, torch.float64)
-
-    diffusion.alpha_bar[3].log().backward()
-
-    assert_close(betas.grad, -1 / (1 - betas.detach()))
+    """Gradients pass from betas to the buffers, of the bound at pixels of -1 too, but
+    to no step and no bits."""
+    betas = torch.full((9,), 0.3, requires_grad=True)
+    diffusion = GaussianDiffusion(betas)
+    diffusion.vlb(same, -torch.ones(2, 3), ONES).sum().backward()
+    assert betas.grad.isfinite().all()
     assert not diffusion.p_sample(same, X, 2).requires_grad
     assert not diffusion.bits_per_dim(same, X).requires_grad
 
 
-@pytest.mark.parametrize("method", ["loss", "bits_per_dim", "p_sample", "sample"])
-def test_generator(method):
+@pytest.mark.parametrize("draw", [D.loss, D.bits_per_dim])
+def test_generator(draw):
     """A generator settles all that is drawn."""
-    rest = {"p_sample": (X, 30), "sample": ((2, 3), 9)}.get(method, (X,))
-
-    def run(n):
-        drawn = getattr(D, method)(same, *rest, generator=draws_of(n))
-        return torch.stack(list(drawn)) if method == "sample" else drawn
-
-    assert run(5).equal(run(5)) and not run(5).equal(run(6))
+    ours, again, other = [draw(same, X, generator=draws_of(n)) for n in (5, 5, 6)]
+    assert ours.equal(again) and not ours.equal(other)
 
 
-def test_float16():
-    """What is in float16 stays so; there alpha_bar_T = 2.4e-9 is no 0, and no NaN."""
-    diffusion = GaussianDiffusion(cosine_schedule())
-    x_t, t = torch.full((2, 3), 0.5).half(), torch.tensor([1, 1000])
-    x0 = diffusion.predict_x0(x_t, t, 0.9 * x_t)
-
-    ours = diffusion.predict_eps(x_t, t, x0)
-
-    assert_close(ours, 0.9 * x_t, rtol=0.01, atol=0.01)
-    step = diffusion.p_sample(same, x_t, 1000)
-    assert step.dtype == torch.float16 and step.isfinite().all()
-
-
-@pytest.mark.parametrize("mean, std", [(0.1, 0.005), (-0.99, 0.06), (1.3, 0.2), (0, 2)])
-def test_decoder(mean, std):
+@pytest.mark.parametrize("mean, std, open_ends", [(0.1, 0.005, 0), (0.4, 1, 1)])
+def test_decoder(mean, std, open_ends):
     """Eq. 13: the density's integral over x0 +- 1/255; with open ends all sum to 1."""
     std = torch.full_like(LEVELS, std)
-
     ours = discretised_log_likelihood(LEVELS, mean, std**2)
-
     node, weight = map(torch.tensor, np.polynomial.legendre.leggauss(400))
     log_p = Normal(mean, std).log_prob(LEVELS + HALF * node)
     oracle = torch.logsumexp(log_p + (HALF * weight).log(), dim=1, keepdim=True)
-    assert_close(ours[1:-1], oracle[1:-1])
+    closed = slice(open_ends, 256 - open_ends)      # all, if the ends are far out
+    assert_close(ours[closed], oracle[closed])
     assert_close(ours.exp().sum().item(), 1.0)
-
-
-def test_decoder_ends():
-    """Far from the mean the open bins keep their digits: Mills' ratio, to 1/z^2."""
-    ours = discretised_log_likelihood(LEVELS, 0, torch.full_like(LEVELS, 0.005**2))
-
-    z = (1 - HALF) / 0.005
-    above = -(z**2) / 2 - math.log(z * math.sqrt(2 * math.pi))
-    assert (ours[[0, -1]] - above).abs().max() < 1 / z**2
 
 
 def test_bits_draw_t():
@@ -157,9 +106,7 @@ def test_bits_draw_t():
     def model(x_t, t):
         seen.append(t)
         return x_t
-
     diffusion.bits_per_dim(model, torch.ones(20000, 1), generator=draws_of(6))
-
     snr = diffusion.alpha_bar[1:] / (1 - diffusion.alpha_bar[1:])
     size = (snr[:-1] - snr[1:]) / (1 + snr[1:])
     size = torch.cat([size[:1], size])
@@ -170,36 +117,28 @@ def test_bits_draw_t():
 
 @pytest.mark.parametrize("options", [{}, {"clip": False}])
 def test_bits_per_dim(options):
-    """Estimates less Eq. 5 have mean 0, over 120,000 x0 of which many are at an end."""
+    """Estimates less Eq. 5 have mean 0, many x0 at an end; each is of its own x0."""
     draws = draws_of(1)
     levels = 127.5 + 100 * randn(120000, 2, generator=draws)
     x0 = levels.round().clamp(0, 255) / 127.5 - 1
-
-    ours = CHAIN.bits_per_dim(some_model, x0, generator=draws, **options)
-
+    ours = CHAIN.bits_per_dim(some_model, x0, generator=draws_of(2), **options)
     nats = CHAIN.prior_kl(x0)
     for t in range(1, 7):
         t = torch.full((120000,), t)
         nats += CHAIN.vlb(some_model, x0, t, generator=draws, **options)
     error = ours - nats / math.log(4)
-    assert error.mean().abs() < 5 * error.std() / math.sqrt(120000)
-
-
-def test_bits_of_one_x0():
-    """The estimate of an x0 does not depend on those beside it."""
-    ours = D.bits_per_dim(same, LEVELS[[0, 1]], generator=draws_of(7))
-
-    others = D.bits_per_dim(same, LEVELS[[0, 99]], generator=draws_of(7))
-    assert ours[0] == others[0]
+    assert error.mean().abs() < 5 * error.std() / 120000**0.5
+    x0[1:] = 1
+    others = CHAIN.bits_per_dim(some_model, x0, generator=draws_of(2), **options)
+    assert_close(others[0], ours[0])
 
 
 @pytest.mark.parametrize("steps", range(1, 51))
 def test_times(steps):
     """From T to 0 in so many steps, each of at least 1."""
     times = D.times(steps)
-
+    assert times == sorted(set(times), reverse=True)
     assert (times[0], times[-1], len(times)) == (50, 0, steps + 1)
-    assert all(after < before for before, after in pairwise(times))
 
 
 def sampled(schedule, mean, std, **options):
@@ -208,7 +147,6 @@ def sampled(schedule, mean, std, **options):
 
     def model(x, t):
         return exact_eps(x, chain.alpha_bar[t[0]], mean, std**2)
-
     options.update(clip=False, generator=draws_of(1))
     return list(chain.sample(model, (4000, 1), **options))[-1]
 
@@ -217,73 +155,49 @@ def sampled(schedule, mean, std, **options):
 def test_gaussian(eta):
     """With the exact eps Gaussian data come out; steps cost 1 % of the deviation."""
     x = sampled(cosine_schedule(), 0.4, 0.3, eta=eta)
-
-    assert (x.mean() - 0.4).abs() < 5 * 0.3 / math.sqrt(4000)
-    assert (x.std() - 0.3).abs() < 5 * 0.3 / math.sqrt(4000)
+    assert (x.mean() - 0.4).abs() < 0.0237              # 5 standard errors
+    assert (x.std() - 0.3).abs() < 0.0168 + 0.003       # the same, and that 1 %
 
 
 def test_grain():
     """50 steps of 1000 keep over half of fine texture (evenly spaced, a third)."""
-    x = sampled(laplace_schedule(), 0, 20 / 127.5, steps=50)
+    x = sampled(laplace_schedule(), 0, 0.16, steps=50)
+    assert x.std() > 0.55 * 0.16
 
-    assert x.std() > 0.55 * 20 / 127.5
 
-
-@pytest.mark.parametrize("s", [0, 1, 2.5, torch.arange(6).double()[:, None]])
+@pytest.mark.parametrize("s", [2.5, torch.arange(6).double()[:, None]])
 def test_guidance(s):
     """The guided score is the gradient of log q(x_t) + s log q(y | x_t)."""
     t = torch.arange(1, 7)
-    y = t % 2
     bar = CHAIN.alpha_bar[t, None]
     means = torch.tensor([-0.5, 0.5]).double()          # x0 ~ N(means[y], 0.04)
-    std = (0.04 * bar + 1 - bar).sqrt()
-    q = Normal(bar.sqrt() * means, std)                 # q(x_t | y), columns y = 0, 1
+    q = Normal(bar.sqrt() * means, (0.04 * bar + 1 - bar).sqrt())   # column y: given y
 
     def model(x_t, t, y):
         """E[eps | x_t, y], or for y = -1 its mean over q(y | x_t)."""
         eps = exact_eps(x_t, bar, means, 0.04)
-        q_y = q.log_prob(x_t).softmax(1)
-        null = (q_y * eps).sum(1)
+        null = (q.log_prob(x_t).softmax(1) * eps).sum(1)
         return torch.where(y < 0, null, eps[t - 1, y])[:, None]
-
     x_t = randn(6, 1, generator=draws_of(0)).requires_grad_()
-    ours = CHAIN.score(classifier_free(model, y, s), x_t, t)
-
-    log_q = q.log_prob(x_t)
-    log_q_x = log_q.logsumexp(1, keepdim=True)
-    log_q_y = log_q[t - 1, y][:, None] - log_q_x        # Bayes' rule
+    ours = CHAIN.score(classifier_free(model, t % 2, s), x_t, t)
+    log_q_x = q.log_prob(x_t).logsumexp(1, keepdim=True)
+    log_q_y = q.log_prob(x_t)[t - 1, t % 2][:, None] - log_q_x      # Bayes' rule
     (log_q_x + s * log_q_y).sum().backward()
     assert_close(ours, x_t.grad)
 
 
-def plain(x, t, y=ONES):
-    """A model that keeps nothing, and leaves its input as it is."""
-    return 0.5 * x + y[:, None]
+def frugal(x, t, y=ONES, buffer=torch.empty(2, 3)):
+    """A model that works in its input and, as a CUDA graph, returns one tensor."""
+    return buffer.copy_(x.mul_(0.5)).add_(y[:, None])
 
 
-def in_place(x, t, y=ONES):
-    """The same, but it works in its input."""
-    return x.mul_(0.5).add_(y[:, None])
-
-
-def one_buffer(x, t, y=ONES, buffer=torch.empty(2, 3)):
-    """The same, but it returns one tensor each time, as a CUDA graph does."""
-    return buffer.copy_(0.5 * x + y[:, None])
-
-
-def made_of(model):
-    """What sample, guidance, score and bits_per_dim make of a model, and x after it."""
-    x, guided = X.clone(), classifier_free(model, 3 * ONES, 2.5)
-    states = [*D.sample(guided, (2, 3), 5, generator=draws_of(3))]
-    states += D.sample(model, (2, 3), 5, generator=draws_of(3))
-    bits = D.bits_per_dim(model, x, generator=draws_of(4))
-    return [*states, bits, D.score(guided, x, ONES), D.score(model, x, ONES), x]
-
-
-@pytest.mark.parametrize("model", [in_place, one_buffer])
-def test_networks_that_keep_their_memory(model):
-    """A network that works in place, or returns one buffer, gives what others give."""
-    assert_close(made_of(model), made_of(plain))
+def test_network_that_keeps_its_memory():
+    """It may work in place, and return one buffer, guided or not."""
+    x = X.clone()
+    D.score(frugal, x, ONES)
+    guided = D.score(classifier_free(frugal, 3 * ONES, 2.5), x, ONES)
+    eps = 0.5 * X + 9                                   # -1 + 2.5 (3 - -1)
+    assert_close([guided, x], [-eps / D.noise[1], X], rtol=1e-5, atol=0)
 
 
 def test_everything_on_one_device():
@@ -292,37 +206,30 @@ def test_everything_on_one_device():
     diffusion.alpha_bar = D.alpha_bar                   # sample asks for its last value
     model = UNet((1, 8, 8), 8).to("meta")
     x0 = torch.ones(2, 1, 8, 8, device="meta")
-
-    ours = [diffusion.loss(model, x0), diffusion.vlb(model, x0, ONES.to("meta"))]
-    ours += [diffusion.prior_kl(x0), *diffusion.sample(model, x0.shape)]
-
+    ours = [diffusion.loss(model, x0), *diffusion.sample(model, x0.shape)]
     assert all(value.is_meta for value in ours)
 
 
 @pytest.mark.parametrize("case", [
     ("betas", GaussianDiffusion, 0 * X[0]),
     ("betas", GaussianDiffusion, X[0]),
-    ("betas", GaussianDiffusion, math.nan * X[0]),
-    ("betas", GaussianDiffusion, torch.tensor([0.1, 1e-50]).double()),
-    ("betas", GaussianDiffusion, linear_schedule(50_000)),          # alpha_bar_T = 0
     ("t in 1..50", D.q_sample, X, 0 * ONES, X),
     ("t in 1..50", D.score, same, X, 51 * ONES),
     ("one shape", D.q_posterior, X, X, ONES[:1]),
-    ("one shape", D.q_sample, X, ONES, X[:, :1]),
     ("one shape", D.q_posterior, X[:, :1], X, ONES),
-    ("one shape", D.predict_x0, X, ONES, X[:1]),
+    ("one shape", D.q_sample, X, ONES, X[:, :1]),
+    ("one shape", D.predict_x0, X, ONES, X[:, :1]),
     ("one shape", D.predict_eps, X, ONES, X[:, :1]),
     ("from the model", D.loss, torch.add, X[:, :1]),                # eps (2, 2)
-    ("t_prev < t", D.p_sample, same, X, 0),
     ("t_prev < t", D.p_sample, same, X, 2, 2),
+    ("t_prev < t", D.p_sample, same, X, 2, -1),
     ("eta in 0..1", D.p_sample, same, X, 2, 1, 1.1),
     ("steps in 1..50", D.times, 0),
     ("steps in 1..50", D.times, 51),
     ("x0", D.bits_per_dim, same, LEVELS / 2 + 0.5),                 # in [0, 1]
     ("x0", D.bits_per_dim, same, LEVELS + 2 / 255),
-    ("x0", D.bits_per_dim, same, LEVELS * 0.9995),                  # no levels
-    ("x0", D.bits_per_dim, same, LEVELS * math.nan),
-    ("x0", D.bits_per_dim, same, LEVELS.half())])
+    ("x0", D.bits_per_dim, same, LEVELS * 0.9995),                  # dequantised
+    ("x0", D.bits_per_dim, same, LEVELS * math.nan)])
 def test_refuses(case):
     """A ValueError of one line that says what is wanted."""
     wanted, call, *arguments = case
