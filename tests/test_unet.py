@@ -1,15 +1,21 @@
-"""Proofs of the U-Net in ddpm_min.py: what its output depends on, and how it starts."""
+"""Proofs of the U-Net and of the PNG encoder in ddpm_min.py."""
+import io
+import struct
+import zlib
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpm_min import GaussianDiffusion, ResBlock, UNet, linear_schedule
+from ddpm_min import GaussianDiffusion, ResBlock, UNet, encode_png, linear_schedule
 from test_ddpm_min import DEVICE, assert_close, randn, seeded
 
 SHAPE = (3, 16, 20)
+COLOUR = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+GREY = COLOUR[..., 0]
 
 
 def random(model):
@@ -107,3 +113,36 @@ def test_compiled_and_exported():
     assert compiled(partial(model, y=y), x).isfinite()
     exported = torch.export.export(model, (x, t)).module()
     assert_close(exported(x, t), model(x, t, y=0 * t - 1))
+
+
+@pytest.mark.parametrize("image", [GREY, COLOUR, torch.tensor(GREY)])
+def test_png_chunks(image):
+    """Header, data and end with their checksums: 8-bit grey or colour, unfiltered."""
+    file = io.BytesIO(encode_png(image))
+    assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    chunks = {}
+    while length := file.read(4):
+        content = file.read(4 + int.from_bytes(length, "big"))
+        assert file.read(4) == zlib.crc32(content).to_bytes(4, "big")
+        chunks[content[:4]] = content[4:]
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"] and chunks[b"IEND"] == b""
+    width, height, *kind = struct.unpack(">II5B", chunks[b"IHDR"])
+    assert kind == [8, 2 if image.ndim == 3 else 0, 0, 0, 0]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
+    assert not rows[:, 0].any()
+    pixels = rows[:, 1:].reshape(height, width, *image.shape[2:])
+    np.testing.assert_array_equal(pixels, image)
+
+
+def test_pillow_reads_the_png():
+    """A reader of others sees the same image."""
+    Image = pytest.importorskip("PIL.Image")
+    pixels = Image.open(io.BytesIO(encode_png(COLOUR)))
+    np.testing.assert_array_equal(np.asarray(pixels), COLOUR)
+
+
+@pytest.mark.parametrize("image", [GREY / 2, COLOUR[..., :2]])
+def test_png_refuses(image):
+    """Floats, and two channels."""
+    with pytest.raises(ValueError, match="want uint8"):
+        encode_png(image)
