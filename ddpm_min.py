@@ -282,7 +282,7 @@ class UNet(nn.Module):
         self.coarse = 2 * w, shape[1] // 4, shape[2] // 4       # (C, H, W) at H/4
         values = math.prod(self.coarse)
         self.time = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label = nn.Embedding(classes + 1, emb)           # row 0: null
+        self.label = nn.Embedding(classes + 1, emb)             # row 0: null
         self.stem = nn.Conv2d(4 * channels, w, 3, padding=1)
         self.encode1 = ResBlock(w, w, emb)
         self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)

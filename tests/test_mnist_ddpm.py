@@ -49,10 +49,10 @@ def refusal(capsys, command):
     return line
 
 
-def small_run(device=CPU, **settings):
+def small_run(**settings):
     config = {"seed": 0, "schedule": "laplace", "shape": [1, 8, 8], "labels": None,
               "width": 8, "lr": 2.5e-3, "beta_2": 0.95, "batch_size": 8, "images": 8000}
-    return mnist.Run({**config, **settings}, device)
+    return mnist.Run({**config, **settings}, CPU)
 
 
 def after_step(monkeypatch, action):
