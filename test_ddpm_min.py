@@ -1,7 +1,8 @@
 """Proofs of ddpm_min.py: the identities of Ho et al. 2020 (arXiv 2006.11239). Each test
-compares one with the paper's formula or a first principle, in float64: closed forms to
-1e-10, estimates to five standard errors. docs/derivations.md says why each holds. On a
-GPU, with other draws: DEVICE=cuda SEED_OFFSET=1 pytest test_ddpm_min.py
+compares one with the paper's formula or a first principle; closed forms agree to 1e-10
+in float64 (the buffers' float32 to 1e-5), estimates to five standard errors, and
+docs/derivations.md says why each holds. On a GPU, with other draws:
+DEVICE=cuda SEED_OFFSET=1 pytest test_ddpm_min.py
 """
 import math
 import os
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_min import GaussianDiffusion, gaussian_kl, linear_schedule
+from ddpm_min import GaussianDiffusion, linear_schedule
 
 DEVICE = os.environ.get("DEVICE", "cpu")
 HALF = 1 / 255                          # half the distance of 8-bit levels
@@ -27,9 +28,14 @@ def seeded(n, device=DEVICE):
     return torch.Generator(device).manual_seed(n + 1000 * offset)
 
 
+def eps_again():
+    """A generator whose first draw is eps, below: so what a function draws is known."""
+    return seeded(1)
+
+
 # The paper's symbols, and signal and noise for sqrt(alpha_bar) and sqrt(1 - alpha_bar):
 # row t belongs to t, row 0 to the data. t is 1, ..., T, with a row of x0, eps and x_t
-# for each, images of 2 x 2 pixels. A generator seeded(1) draws eps again.
+# for each, images of 2 x 2 pixels.
 T = 50
 betas = torch.linspace(0.002, 0.3, T, dtype=torch.float64, device=DEVICE)
 beta = F.pad(betas, (1, 0)).reshape(T + 1, 1, 1, 1)
@@ -39,7 +45,7 @@ signal = alpha_bar.sqrt()
 noise = (1 - alpha_bar).sqrt()
 t = torch.arange(1, T + 1, device=DEVICE)
 x0 = randn(T, 1, 2, 2, generator=seeded(0)).tanh()
-eps = randn(T, 1, 2, 2, generator=seeded(1))
+eps = randn(T, 1, 2, 2, generator=eps_again())
 x_t = signal[t] * x0 + noise[t] * eps
 diffusion = GaussianDiffusion(betas, torch.float64)
 
@@ -71,10 +77,10 @@ def beta_tilde(n):
     return (1 - alpha_bar[n - 1]) / (1 - alpha_bar[n]) * beta[n]
 
 
-def implied(x, n, model_eps, clip=True):
+def implied(x, n, model_eps, clip=1.0):
     """The x0 that eps implies at x (Eq. 15), clipped or not, and the eps of that x0."""
     x0_model = (x - noise[n] * model_eps) / signal[n]
-    x0_model = x0_model.clamp(-1, 1) if clip else x0_model
+    x0_model = x0_model if clip is None else x0_model.clamp(-clip, clip)
     return x0_model, (x - signal[n] * x0_model) / noise[n]
 
 
@@ -95,6 +101,7 @@ def test_buffers():
     bar = torch.cumprod(1 - b, 0)
     oracle = {"beta": b, "alpha_bar": bar, "signal": bar.sqrt()}
     oracle["noise"] = (1 - bar).sqrt()
+    oracle["beta_tilde"] = F.pad((1 - bar[:-1]) / (1 - bar[1:]), (1, 0)) * b    # Eq. 7
     assert_close(ours, oracle, rtol=1e-5, atol=0, check_dtype=False)
 
 
@@ -133,25 +140,8 @@ def test_posterior_mean():
 
 
 def test_predict():
-    """x_t and the true eps give x0 back, x_t and x0 give eps back, Eq. 15."""
-    ours_x0 = diffusion.predict_x0(x_t, t, eps)
-    ours_eps = diffusion.predict_eps(x_t, t, x0)
-
-    assert_close([ours_x0, ours_eps], [x0, eps])
-
-
-def test_score():
-    """-E[eps | x_t] / sqrt(1 - alpha_bar_t) is the gradient of log q(x_t)."""
-    def model(x, n):
-        return exact_eps(x, alpha_bar[n], 0.4, 0.09)
-
-    ours = diffusion.score(model, x_t, t)
-
-    x = x_t.clone().requires_grad_()
-    var = alpha_bar[t] * 0.09 + noise[t] ** 2
-    log_q = Normal(signal[t] * 0.4, var.sqrt()).log_prob(x)
-    log_q.sum().backward()
-    assert_close(ours, x.grad)
+    """x_t and the true eps give x0 back, Eq. 15."""
+    assert_close(diffusion.predict_x0(x_t, t, eps), x0)
 
 
 def test_loss():
@@ -168,9 +158,9 @@ def test_loss():
 
 
 def test_loss_draws():
-    """t is uniform on 1..T, each part of eps N(0, 1), so its CDF is uniform; all are
-    independent: within a point, from one to the next, from one half to the other."""
-    seen = []
+    """t is uniform on 1..T, each pixel of eps N(0, 1); these and the squares of eps are
+    not correlated in an image, with the next image, or with that of the other half."""
+    seen, N = [], 1000 * T
 
     def model(x, n):
         seen.extend([n, x / noise[n]])                  # this is eps, as x0 = 0
@@ -178,18 +168,16 @@ def test_loss_draws():
 
     diffusion.loss(model, 0 * x0.repeat(1000, 1, 1, 1), generator=seeded(2))
 
-    times, draws = seen[0][:, None], seen[1].flatten(1)
-    cells = T * Normal(0, 1).cdf(draws)
-    cells = torch.cat([times - 1, cells.long()], dim=1)     # (1000 T, 5), all in 0..T-1
-    counts = torch.stack([cell.bincount(minlength=T) for cell in cells.T])
-    chi_square = ((counts - 1000) ** 2 / 1000).sum(1)       # of T - 1 = 49 degrees
-    points = torch.cat([times, draws], dim=1)
-    next_points, other_half = points.roll(1, dims=0), points.roll(500 * T, dims=0)
-    table = torch.cat([points, draws**2, next_points, other_half], dim=1)
-    correlation = table.T.corrcoef().triu(1)
-    correlation[1:5, 5:9].fill_diagonal_(0)             # of an eps and its own square
-    assert chi_square.min() > 15 and chi_square.max() < 110     # 1e-6 beyond each
-    assert correlation.abs().max() < 5 / math.sqrt(len(points))
+    times, pixels = seen[0], seen[1].flatten(1)         # (N,), (N, 4)
+    places = (T * Normal(0, 1).cdf(pixels)).long()      # of 50, all equally likely
+    for draws in [times - 1, *places.T]:
+        z = (draws.bincount(minlength=T) - 1000) / math.sqrt(1000)
+        assert z.abs().max() < 5 and 0.5 < z.std() < 1.5
+    image = torch.cat([times[:, None], pixels], dim=1)
+    table = [image, pixels**2, image.roll(1, dims=0), image.roll(N // 2, dims=0)]
+    correlation = torch.cat(table, dim=1).T.corrcoef().triu(1)
+    correlation[1:5, 5:9].fill_diagonal_(0)             # an eps and its own square
+    assert correlation.abs().max() < 5 / math.sqrt(N)
 
 
 def test_bound():
@@ -201,7 +189,7 @@ def test_bound():
     eq_5 = chain.prior_kl(x)
     for n in range(1, 5):
         times = torch.full((100000,), n, device=DEVICE)
-        eq_5 += chain.vlb(some_model, x, times, clip=False, generator=seeded(n))
+        eq_5 += chain.vlb_term(some_model, x, times, None, seeded(n))
 
     x_prev, eq_3, draws = x, 0, seeded(5)
     for n in range(1, 5):
@@ -220,20 +208,20 @@ def test_bound():
     assert error < 0.02
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": False}])
-def test_L_t(options):
+@pytest.mark.parametrize("clip", [1.0, 0.3, None])
+def test_L_t(clip):
     """L_{t-1} is Eq. 12's weighted error of eps, with sigma_t^2 = beta~_t; t > 1."""
-    ours = diffusion.vlb(some_model, x0, t, generator=seeded(1), **options)
+    ours = diffusion.vlb_term(some_model, x0, t, clip, eps_again())
 
     weight = beta[t] ** 2 / (2 * beta_tilde(t) * alpha[t] * (1 - alpha_bar[t]))
-    _, model_eps = implied(x_t, t, some_model(x_t, t), **options)
+    _, model_eps = implied(x_t, t, some_model(x_t, t), clip)
     oracle = weight * (eps - model_eps) ** 2
     assert_close(ours[1:], oracle[1:].sum((1, 2, 3)))
 
 
 def test_L_0():
     """L_0 = -log of the mass in x0 +- 1/255, Eq. 13, with sigma_1^2 = beta~_2."""
-    ours = diffusion.vlb(some_model, x0, t, generator=seeded(1))
+    ours = diffusion.vlb_term(some_model, x0, t, generator=eps_again())
 
     mean, _ = implied(x_t, t, some_model(x_t, t))
     p = Normal(mean[0], beta_tilde(2).sqrt())
@@ -249,56 +237,56 @@ def test_L_T():
     assert_close(ours, kl.sum((1, 2, 3)))
 
 
-def test_kl():
-    """The KL of two Gaussians is torch's."""
-    a = Normal(x0, 0.2 + eps**2)
-    b = Normal(x_t, noise[t])
-
-    ours = gaussian_kl(a.mean, a.variance, b.mean, b.variance)
-
-    assert_close(ours, kl_divergence(a, b))
-
-
 @pytest.mark.parametrize("n", [1, 2, 25, T])
 def test_algorithm_2(n):
     """Line 4 of Algorithm 2, with sigma_t^2 = beta~_t, if x0 is not clipped."""
     x = 3 * x_t                                         # any will do
 
-    ours = diffusion.p_sample(some_model, x, n, clip=False, generator=seeded(1))
+    ours = diffusion.p_sample(some_model, x, n, None, eps_again())
 
     mean = mean_by_eps(n, x, some_model(x, n))
     assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.3])
 @pytest.mark.parametrize("n", [1, 2, 25, T])
-def test_clip(n):
-    """By default the step draws from q(x_{t-1} | x_t, x0), Eqs. 6 and 7, at the model's
-    clipped x0."""
+def test_clip(n, clip):
+    """The step draws from q(x_{t-1} | x_t, x0), Eqs. 6 and 7, at the model's x0 within
+    its bound."""
     x = 3 * x_t
 
-    ours = diffusion.p_sample(some_model, x, n, generator=seeded(1))
+    ours = diffusion.p_sample(some_model, x, n, clip, eps_again())
 
-    x0_model, _ = implied(x, n, some_model(x, n))
+    x0_model, _ = implied(x, n, some_model(x, n), clip)
     weight_0 = signal[n - 1] * beta[n] / noise[n] ** 2
     weight_t = alpha[n].sqrt() * (noise[n - 1] / noise[n]) ** 2
     mean = weight_0 * x0_model + weight_t * x
     assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("eta", [0, 0.5, 1])
 @pytest.mark.parametrize("n, n_prev", [(T, T - 1), (T, 0), (30, 7), (1, 0)])
 def test_ddim(n, n_prev, eta, clip):
-    """p_sample is Eq. 12 of Song et al., with the eps of the x0 that was clipped."""
+    """ddim_sample is Eq. 12 of Song et al., with the eps of the x0 that was clipped."""
     x = 3 * x_t
 
-    ours = diffusion.p_sample(some_model, x, n, n_prev, eta, clip, seeded(1))
+    ours = diffusion.ddim_sample(some_model, x, n, n_prev, eta, clip, eps_again())
 
     ratio = alpha_bar[n] / alpha_bar[n_prev]
     sigma = eta * noise[n_prev] / noise[n] * (1 - ratio).sqrt()     # their Eq. 16
     x0_model, model_eps = implied(x, n, some_model(x, n), clip)
     direction = (noise[n_prev] ** 2 - sigma**2).sqrt() * model_eps
     assert_close(ours, signal[n_prev] * x0_model + direction + sigma * eps)
+
+
+@pytest.mark.parametrize("n", [1, 2, 25, T])
+def test_ddim_is_algorithm_2(n):
+    """With eta = 1, one step at a time, ddim_sample is p_sample."""
+    ours = diffusion.ddim_sample(some_model, x_t, n, n - 1, generator=eps_again())
+
+    algorithm_2 = diffusion.p_sample(some_model, x_t, n, generator=eps_again())
+    assert_close(ours, algorithm_2)
 
 
 @pytest.mark.parametrize("eta", [0, 0.5, 1])
@@ -312,7 +300,7 @@ def test_marginals(eta):
     z = randn(40000, 1, 1, 1, generator=draws)
     x = signal[40] * 0.7 + noise[40] * z
     for n, n_prev in [(40, 21), (21, 5)]:
-        x = diffusion.p_sample(model, x, n, n_prev, eta, False, draws)
+        x = diffusion.ddim_sample(model, x, n, n_prev, eta, None, draws)
 
     mean_error = noise[5] / math.sqrt(40000)
     std_error = noise[5] / math.sqrt(2 * 40000)
@@ -320,19 +308,23 @@ def test_marginals(eta):
     assert (x.std() - noise[5]).abs() < 5 * std_error
 
 
-@pytest.mark.parametrize("steps, times, options", [
-    (None, range(T, -1, -1), {}),
-    (7, [50, 40, 30, 22, 14, 8, 3, 0], {"eta": 0.5, "clip": False})])
-def test_sample(steps, times, options):
-    """p_sample from x_T ~ N(0, I) on, at t = T (i/S)^1.5, whatever is done to x."""
-    ours, shape = [], (T, 1, 2, 2)
-    for x in diffusion.sample(some_model, shape, steps, generator=seeded(1), **options):
+@pytest.mark.parametrize("steps, times, eta", [
+    (None, range(T, -1, -1), 1), (None, [50, 49, 48], 0.5),
+    (7, [50, 40, 30, 22, 14, 8, 3, 0], 1)])
+def test_sample(steps, times, eta):
+    """Algorithm 2 from x_T ~ N(0, I) on; with eta or steps DDIM, at t = T (i/S)^1.5,
+    whatever is done to x."""
+    ours = []
+    for x in diffusion.sample(some_model, x0.shape, steps, eta, 0.3, eps_again()):
         ours.append(x.clone())
         x.fill_(9)
 
     draws = seeded(1)
-    oracle = [randn(shape, generator=draws)]
-    step = partial(diffusion.p_sample, some_model, generator=draws, **options)
+    oracle = [randn(x0.shape, generator=draws)]
     for n, n_prev in pairwise(times):
-        oracle.append(step(oracle[-1], n, n_prev))
-    assert_close(ours, oracle)
+        step = partial(diffusion.ddim_sample, some_model, oracle[-1], n, n_prev, eta)
+        if steps is None and eta == 1:
+            step = partial(diffusion.p_sample, some_model, oracle[-1], n)
+        oracle.append(step(0.3, draws))
+    assert_close(ours[:len(oracle)], oracle)
+    assert len(ours) == (T if steps is None else steps) + 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from ddpm_min import (GaussianDiffusion, UNet, classifier_free, cosine_schedule,
+from ddpm_min import (GaussianDiffusion, UNet, cosine_schedule, guide,
                       discretised_log_likelihood, laplace_schedule, linear_schedule)
 from test_ddpm_min import HALF, assert_close, exact_eps, seeded, some_model
 
@@ -56,16 +56,35 @@ def test_laplace_schedule(options, mu, b):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_any_T(schedule, T, t_prev):
     """No step is infinite, or NaN, as the root of -3e-11 is; all keep x's dtype."""
-    step = GaussianDiffusion(schedule(T)).p_sample(same, X.half(), T, t_prev)
-    assert step.isfinite().all() and step.dtype == torch.float16
+    diffusion = GaussianDiffusion(schedule(T))
+    for step in (diffusion.ddim_sample(same, X.half(), T, t_prev),
+                 diffusion.p_sample(same, X.half(), T)):
+        assert step.isfinite().all() and step.dtype == torch.float16
 
 
-def test_warns_of_alpha_bar_T():
-    """sample warns of alpha_bar_T = 0.36, once, and of no default schedule."""
-    with pytest.warns(UserWarning, match="alpha_bar_T = 0.36 ") as seen:
-        for schedule in [*SCHEDULES, partial(linear_schedule, 100)]:
-            list(GaussianDiffusion(schedule()).sample(same, (1, 1), 5))
-    assert len(seen) == 1
+@pytest.mark.parametrize("wrong, says, options", [
+    (partial(linear_schedule, 100), "alpha_bar_T is above 0.01: want larger betas", {}),
+    (cosine_schedule, "x_T is divided by nearly 0: want clip=3.0", {"clip": None})])
+def test_sample_warns(wrong, says, options):
+    """Of an x_T that is not N(0, I), or that is divided by 5e-5: once, and of no other
+    schedule."""
+    with pytest.warns(UserWarning) as seen:
+        for schedule in [linear_schedule, laplace_schedule, wrong]:
+            list(GaussianDiffusion(schedule()).sample(same, (1, 1), 5, **options))
+    assert [str(warning.message) for warning in seen] == [says]
+
+
+@pytest.mark.parametrize("steps, eta, error", [(50, 0, 0.2), (None, 1, 0.05)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_clip_bounds_the_error(schedule, steps, eta, error):
+    """By an eps 2 % too small, of data N(0, 1), samples have a deviation near 1 where
+    clip=3.0. (The cosine schedule's is 21 without: it divides by nearly 0 at T.)"""
+    chain = GaussianDiffusion(schedule(), torch.float64)
+
+    def model(x, t):
+        return 0.98 * exact_eps(x, chain.alpha_bar[t[0]], 0, 1)
+    *_, ours = chain.sample(model, (4000, 1), steps, eta, 3.0, draws_of(4))
+    assert abs(ours.std() - 1) < error
 
 
 def test_gradients():
@@ -73,7 +92,7 @@ def test_gradients():
     to no step and no bits."""
     betas = torch.full((9,), 0.3, requires_grad=True)
     diffusion = GaussianDiffusion(betas)
-    diffusion.vlb(same, -torch.ones(2, 3), ONES).sum().backward()
+    diffusion.vlb_term(same, -torch.ones(2, 3), ONES).sum().backward()
     assert betas.grad.isfinite().all()
     assert not diffusion.p_sample(same, X, 2).requires_grad
     assert not diffusion.bits_per_dim(same, X).requires_grad
@@ -115,21 +134,21 @@ def test_bits_draw_t():
     assert z.abs().max() < 5
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": False}])
-def test_bits_per_dim(options):
+@pytest.mark.parametrize("clip", [1.0, 0.3, None])
+def test_bits_per_dim(clip):
     """Estimates less Eq. 5 have mean 0, many x0 at an end; each is of its own x0."""
     draws = draws_of(1)
     levels = 127.5 + 100 * randn(120000, 2, generator=draws)
     x0 = levels.round().clamp(0, 255) / 127.5 - 1
-    ours = CHAIN.bits_per_dim(some_model, x0, generator=draws_of(2), **options)
+    ours = CHAIN.bits_per_dim(some_model, x0, clip, draws_of(2))
     nats = CHAIN.prior_kl(x0)
     for t in range(1, 7):
         t = torch.full((120000,), t)
-        nats += CHAIN.vlb(some_model, x0, t, generator=draws, **options)
+        nats += CHAIN.vlb_term(some_model, x0, t, clip, draws)
     error = ours - nats / math.log(4)
     assert error.mean().abs() < 5 * error.std() / 120000**0.5
     x0[1:] = 1
-    others = CHAIN.bits_per_dim(some_model, x0, generator=draws_of(2), **options)
+    others = CHAIN.bits_per_dim(some_model, x0, clip, draws_of(2))
     assert_close(others[0], ours[0])
 
 
@@ -147,14 +166,14 @@ def sampled(schedule, mean, std, **options):
 
     def model(x, t):
         return exact_eps(x, chain.alpha_bar[t[0]], mean, std**2)
-    options.update(clip=False, generator=draws_of(1))
+    options.update(clip=None, generator=draws_of(1))
     return list(chain.sample(model, (4000, 1), **options))[-1]
 
 
 @pytest.mark.parametrize("eta", [0, 1])
 def test_gaussian(eta):
     """With the exact eps Gaussian data come out; steps cost 1 % of the deviation."""
-    x = sampled(cosine_schedule(), 0.4, 0.3, eta=eta)
+    x = sampled(linear_schedule(), 0.4, 0.3, eta=eta)
     assert (x.mean() - 0.4).abs() < 0.0237              # 5 standard errors
     assert (x.std() - 0.3).abs() < 0.0168 + 0.003       # the same, and that 1 %
 
@@ -167,37 +186,42 @@ def test_grain():
 
 @pytest.mark.parametrize("s", [2.5, torch.arange(6).double()[:, None]])
 def test_guidance(s):
-    """The guided score is the gradient of log q(x_t) + s log q(y | x_t)."""
+    """Beside the model without label as weak, the guided score -eps / noise is the
+    gradient of log q(x_t) + s log q(y | x_t)."""
     t = torch.arange(1, 7)
     bar = CHAIN.alpha_bar[t, None]
     means = torch.tensor([-0.5, 0.5]).double()          # x0 ~ N(means[y], 0.04)
     q = Normal(bar.sqrt() * means, (0.04 * bar + 1 - bar).sqrt())   # column y: given y
 
-    def model(x_t, t, y):
-        """E[eps | x_t, y], or for y = -1 its mean over q(y | x_t)."""
+    def strong(x_t, t):
+        """E[eps | x_t, y] for y = t % 2."""
+        return exact_eps(x_t, bar, means, 0.04)[t - 1, t % 2][:, None]
+
+    def weak(x_t, t):
+        """E[eps | x_t], the mean over q(y | x_t)."""
         eps = exact_eps(x_t, bar, means, 0.04)
-        null = (q.log_prob(x_t).softmax(1) * eps).sum(1)
-        return torch.where(y < 0, null, eps[t - 1, y])[:, None]
+        return (q.log_prob(x_t).softmax(1) * eps).sum(1, keepdim=True)
     x_t = randn(6, 1, generator=draws_of(0)).requires_grad_()
-    ours = CHAIN.score(classifier_free(model, t % 2, s), x_t, t)
+    ours = -guide(strong, weak, s)(x_t, t) / (1 - bar).sqrt()
     log_q_x = q.log_prob(x_t).logsumexp(1, keepdim=True)
     log_q_y = q.log_prob(x_t)[t - 1, t % 2][:, None] - log_q_x      # Bayes' rule
     (log_q_x + s * log_q_y).sum().backward()
     assert_close(ours, x_t.grad)
 
 
-def frugal(x, t, y=ONES, buffer=torch.empty(2, 3)):
+def frugal(x, t, shift=1, buffer=torch.empty(2, 3)):
     """A model that works in its input and, as a CUDA graph, returns one tensor."""
-    return buffer.copy_(x.mul_(0.5)).add_(y[:, None])
+    return buffer.copy_(x.mul_(0.5)).add_(shift * t[:, None])
 
 
 def test_network_that_keeps_its_memory():
     """It may work in place, and return one buffer, guided or not."""
-    x = X.clone()
-    D.score(frugal, x, ONES)
-    guided = D.score(classifier_free(frugal, 3 * ONES, 2.5), x, ONES)
-    eps = 0.5 * X + 9                                   # -1 + 2.5 (3 - -1)
-    assert_close([guided, x], [-eps / D.noise[1], X], rtol=1e-5, atol=0)
+    guided = guide(partial(frugal, shift=3), frugal, 2.5)
+    for model, eps in [(frugal, 1.5), (guided, 1.5 + 2.5 * (3.5 - 1.5))]:
+        x = X.clone()
+        ours = D.x0_theta(model, x, ONES, clip=None)
+        oracle = (X - D.noise[1] * eps) / D.signal[1]
+        assert_close([ours, x], [oracle, X], rtol=1e-5, atol=0)
 
 
 def test_everything_on_one_device():
@@ -214,18 +238,20 @@ def test_everything_on_one_device():
     ("betas", GaussianDiffusion, 0 * X[0]),
     ("betas", GaussianDiffusion, X[0]),
     ("t in 1..50", D.q_sample, X, 0 * ONES, X),
-    ("t in 1..50", D.score, same, X, 51 * ONES),
-    ("one shape", D.q_posterior, X, X, ONES[:1]),
+    ("t in 1..50", D.p_sample, same, X, 0),
     ("one shape", D.q_posterior, X[:, :1], X, ONES),
     ("one shape", D.q_sample, X, ONES, X[:, :1]),
     ("one shape", D.predict_x0, X, ONES, X[:, :1]),
-    ("one shape", D.predict_eps, X, ONES, X[:, :1]),
     ("from the model", D.loss, torch.add, X[:, :1]),                # eps (2, 2)
-    ("t_prev < t", D.p_sample, same, X, 2, 2),
-    ("t_prev < t", D.p_sample, same, X, 2, -1),
-    ("eta in 0..1", D.p_sample, same, X, 2, 1, 1.1),
+    ("clip None or a", D.p_sample, same, X, 2, False),              # an old call
+    ("clip None or a", D.ddim_sample, same, X, 2, 1, 1, math.nan),
+    ("t_prev < t", D.ddim_sample, same, X, 2, 2),
+    ("t_prev < t", D.ddim_sample, same, X, 2, -1),
+    ("eta in 0..1", D.ddim_sample, same, X, 2, 1, 1.1),
     ("steps in 1..50", D.times, 0),
     ("steps in 1..50", D.times, 51),
+    ("H and W", UNet, (1, 30, 30)),
+    ("1, 8, 8.*3, 8, 8", UNet((1, 8, 8), 8), torch.ones(2, 3, 8, 8), ONES),
     ("x0", D.bits_per_dim, same, LEVELS / 2 + 0.5),                 # in [0, 1]
     ("x0", D.bits_per_dim, same, LEVELS + 2 / 255),
     ("x0", D.bits_per_dim, same, LEVELS * 0.9995),                  # dequantised

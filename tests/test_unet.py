@@ -60,8 +60,8 @@ def test_start():
     model, (x, t, _) = UNet(SHAPE, 8).to(DEVICE, torch.bfloat16), batch()
     seen = run(model, x, t)
     assert_close(model(x, t), torch.zeros_like(x))
-    assert_close(*seen["encode1"])
-    assert_close(*seen["decode2"][0].chunk(2, dim=1))
+    assert_close(*seen["encode_fine"])
+    assert_close(*seen["decode_coarse"][0].chunk(2, dim=1))
 
 
 def test_adaptive_norm():
@@ -70,7 +70,7 @@ def test_adaptive_norm():
     nn.init.normal_(block.conv2.weight)                 # 0 at the start
     x, emb = randn(3, 16, 4, 4, generator=seeded(3)), randn(1, 32, generator=seeded(4))
     ours = block(x, emb.expand(3, 32))
-    scale, shift = block.emb(emb)[0].chunk(2)
+    scale, shift = block.scale_shift(emb)[0].chunk(2)
     h = block.conv1(F.silu(block.norm1(x)))
     h = F.group_norm(h, 8, 1 + scale, shift)
     assert_close(ours, block.shortcut(x) + block.conv2(F.silu(h)))
@@ -100,8 +100,9 @@ def test_uses_every_weight(shape):
 def test_skip_connections():
     """Each decoder sees its encoder's output beside what comes from below."""
     seen = run(random(UNet(SHAPE, 8, 3)), *batch())
-    for encoder, level in ("stem", 0), ("encode1", 1), ("encode2", 2):
-        skip, joined = seen[encoder][1], seen[f"decode{level}"][0]
+    seen["encode_stem"] = seen["stem"]
+    for level in ("stem", "fine", "coarse"):
+        skip, joined = seen[f"encode_{level}"][1], seen[f"decode_{level}"][0]
         assert_close(joined[:, -skip.shape[1]:], skip)
 
 
