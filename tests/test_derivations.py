@@ -39,30 +39,45 @@ def test_names_on_the_page_exist():
     assert names <= set(re.findall(r"\w+", " ".join(defined)))
 
 
-def test_sums_of_beta():
-    """Section 1: alpha_bar_T and the two bounds on -log alpha_bar_T."""
+def test_forward_process():
+    """Section 1: alpha_bar_T and bounds; E[x_{t-1} | x_t = 0.4] for data -1 or 1."""
     low, high = beta.sum(), (beta / alpha).sum()
     assert low < -bar[-1].log() < high
     assert "the two sums are %.2f and %.2f," % (low, high) in PROSE
     assert "_T is %.1fe-5" % (1e5 * bar[-1]) in PROSE
+    x = torch.linspace(-2, 2, 10001).double()
+    before = torch.cosh(10 * 0.9**0.5 * x).log() - 5 * x**2     # log q(x_{t-1}) + c
+    step = -((0.4 - 0.998**0.5 * x) ** 2) / (2 * 0.002)
+    mean = ((before + step).softmax(0) * x).sum()
+    slope = torch.gradient(before, spacing=0.0004)[0][6000]     # at x = 0.4
+    formula = 0.4 / 0.998**0.5 + 0.002 / 0.998 * slope
+    assert "mean %.4f (by the formula %.4f)" % (mean, formula) in PROSE
 
 
 def test_weights():
-    """Section 4: Eq. 12's factor is (SNR_{t-1} / SNR_t - 1) / 2; its four figures."""
+    """Section 4: Eq. 12's factor is (SNR_{t-1} / SNR_t - 1) / 2; its figures."""
     factor = beta[t] ** 2 / (2 * beta_tilde * alpha[t] * (1 - bar[t]))
     close((snr[t - 1] / snr[t] - 1) / 2, factor)
-    least = factor.argmin()
+    i = factor.argmin()
     assert "%.2f at t = 2, %.4f at 100, least" % (factor[0], factor[98]) in PROSE
-    assert "with %.5f at t = %d, and" % (factor[least], t[least]) in PROSE
-    assert "and %.4f at 1,000" % factor[-1] in PROSE
+    assert "with %.5f at t = %d, and %.4f" % (factor[i], t[i], factor[-1]) in PROSE
 
 
-@pytest.mark.parametrize("var", [0, 1])
-def test_two_variances(var):
+def test_score():
+    """Section 6: -E[eps | x_t] / sqrt(1 - alpha_bar_t) is the gradient of log q(x_t) of
+    data N(0.4, 0.09), where E[eps | x_t] is the linear regression."""
+    x = torch.linspace(-2, 2, 9).double().requires_grad_()
+    mean, var = bar[300].sqrt() * 0.4, bar[300] * 0.09 + 1 - bar[300]
+    Normal(mean, var.sqrt()).log_prob(x).sum().backward()
+    eps = (1 - bar[300]).sqrt() / var * (x - mean)
+    close(-eps / (1 - bar[300]).sqrt(), x.grad)
+
+
+def test_two_variances():
     """Section 7: Var(x_{t-1} | x_t) of data N(0, var), from their covariance."""
-    c = bar * var + 1 - bar                                     # Var(x_t)
-    oracle = c[t - 1] - alpha[t] * c[t - 1] ** 2 / c[t]
-    close([beta_tilde, beta[t]][var], oracle)
+    for var, ours in ((0, beta_tilde), (1, beta[t])):
+        c = bar * var + 1 - bar                                 # Var(x_t)
+        close(ours, c[t - 1] - alpha[t] * c[t - 1] ** 2 / c[t])
     ratio = beta_tilde / beta[t]
     assert "is %.2f at t = 2 and %.2f at 100 for" % (ratio[0], ratio[98]) in PROSE
 
@@ -84,17 +99,36 @@ def test_table_of_schedules(name):
     log_snr = torch.logit(torch.cumprod(1 - betas, 0))
     levels = log_snr[[0, 249, 499, 749, 999]]
     ratio = torch.exp(-log_snr[19] / 2)
-    middle = log_snr.abs() < 2
-    cells = ["%.2f" % figure for figure in [*levels, ratio]]
-    cells.append("%.1f %%" % (100 * middle.double().mean()))
-    row = " | ".join(cells).replace("-", "−")
+    share = 100 * (log_snr.abs() < 2).double().mean()
+    cells = " | ".join(["%.2f"] * 6 + ["%.1f %%"])
+    row = (cells % (*levels, ratio, share)).replace("-", "−")
     assert f"`{name}_schedule` | {row} |" in PAGE
+
+
+def test_few_steps():
+    """Sections 1, 4, 7, 9: figures of the default, the end of cosine, Euler's steps."""
+    q = ddpm_min.GaussianDiffusion(ddpm_min.laplace_schedule(), torch.float64)
+    first, second, *_, last, _ = q.times(50)
+    ratio = q.noise / q.signal
+    assert "has %.2f for" % (1 - q.alpha_bar[first] / q.alpha_bar[second]) in PROSE
+    assert "_{%d} = %.3f" % (second, q.alpha_bar[second]) in PROSE
+    assert "at t = %d, noise %.2f of the signal" % (last, ratio[last]) in PROSE
+    factor = ((ratio[[2, 1000]] / ratio[[1, 999]]) ** 2 - 1) / 2
+    close(factor[0], factor[1])
+    assert "are %.2f at t = 2 and at 1,000" % factor[0] in PROSE
+    alpha = 1 - ddpm_min.cosine_schedule()
+    assert "for cosine at T by %.1fe-5" % (1e5 * alpha.prod().sqrt()) in PROSE
+    x = 0.5                                         # / signal, of data -1 or 1
+    for n in (3, 2.4, 1.8, 1.2, 0.6):
+        x -= 0.6 * (x - math.tanh(x / n**2)) / n
+    assert "five Euler steps at %.2f" % x in PROSE
 
 
 def test_price_of_a_diagonal():
     """Section 10: log(C_11 C_22 / det C) / 2 for variances 1 and 1 / r turned by psi,
     its mean over psi, and r and the bits of 39 steps."""
-    bar = torch.cumprod(1 - schedule(ROLL.sigma), 0)
+    beta = schedule(ROLL.sigma)
+    bar = torch.cumprod(1 - beta, 0)
     v = bar * ROLL.sigma**2 + 1 - bar
     r = v[1] / v[0]
     psi = 2 * math.pi * torch.arange(64).double() / 64
@@ -102,6 +136,7 @@ def test_price_of_a_diagonal():
     loss = torch.log((cos + sin / r) * (sin + cos / r) * r) / 2
     price = r.log() ** 2 / 16
     close(loss.mean(), price, rtol=0.01)
+    assert "are %.2f, %.2f, %.2f)" % tuple(beta[-3:]) in PROSE
     assert "39 steps of r = %.3f cost" % r in PROSE
     assert "which are %.3f bits" % (39 * price / math.log(2)) in PROSE
 
