@@ -49,15 +49,13 @@ def _betas(alpha_bar):
 
 class GaussianDiffusion(nn.Module):
     """The processes q and p for x of any shape (B, ...), data scaled to [-1, 1], from
-    betas (T,) inside (0, 1), to which gradients pass. Buffers (T+1,), float32 unless
-    said: beta, beta_tilde, alpha_bar, its root signal, noise = sqrt(1 - alpha_bar).
+    betas (T,) inside (0, 1), the variances of Eq. 2. Buffers (T+1,), float32 at first:
+    beta, beta_tilde, alpha_bar, signal = sqrt(alpha_bar), noise = sqrt(1 - alpha_bar).
     t: int64 (B,) in 1..T. A model: any callable (x_t, t) -> eps of x_t's shape; bind
-    labels by functools.partial. ValueError for shapes, on a CPU also for t."""
+    labels by functools.partial. ValueError: x of two shapes, on a CPU t < 1."""
 
     def __init__(self, betas, dtype=torch.float32):
         super().__init__()
-        if not 0 < betas.min() <= betas.max() < 1:
-            raise ValueError(f"want betas in (0, 1), got {betas.min()}..{betas.max()}")
         self.T = len(betas)
         beta = F.pad(betas.double(), (1, 0))            # beta_0 = 0
         log_alpha_bar = torch.log1p(-beta).cumsum(0)    # alpha_bar_0 = 1
@@ -68,17 +66,19 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("signal", (log_alpha_bar / 2).exp().to(dtype))
         self.register_buffer("noise", var.sqrt().to(dtype))
         self.register_buffer("beta_tilde", beta_tilde.to(dtype))
+        if not betas.min() > 0 or not self.signal[-1] > 0:
+            raise ValueError(f"want less, positive betas: {betas.min()}..{betas.max()}")
 
     def q_sample(self, x0, t, eps):
         """x_t ~ q(x_t | x0), (B, ...), for eps ~ N(0, I) of x0's shape (Eq. 4)."""
         self._check(t, x0, eps)
-        return _at(self.signal, t, x0) * x0 + _at(self.noise, t, x0) * eps
+        return _at(self.signal, t, eps) * x0 + _at(self.noise, t, eps) * eps
 
     def q_posterior(self, x0, x_t, t):
         """Mean (B, ...), variance (B, 1, ...) of q(x_{t-1} | x_t, x0) (Eqs. 6, 7)."""
         self._check(t, x0, x_t)
         beta = _at(self.beta, t, x_t)
-        var = _at(self.noise, t, x_t) ** 2
+        var = _at(self.noise, t, x_t) ** 2              # 1 - alpha_bar_t
         var_prev = _at(self.noise, t - 1, x_t) ** 2
         weight_0 = _at(self.signal, t - 1, x_t) * beta / var
         weight_t = (1 - beta).sqrt() * var_prev / var
@@ -91,7 +91,7 @@ class GaussianDiffusion(nn.Module):
         return (x_t - _at(self.noise, t, x_t) * eps) / _at(self.signal, t, x_t)
 
     def loss(self, model, x0, generator=None):
-        """L_simple by Algorithm 1, a scalar: Eq. 14 over the size of one x0."""
+        """L_simple by Algorithm 1, a scalar: Eq. 14, as a mean over all elements."""
         size, device = x0.shape[:1], x0.device
         t = torch.randint(1, self.T + 1, size, generator=generator, device=device)
         eps = _randn_like(x0, generator)
@@ -99,8 +99,8 @@ class GaussianDiffusion(nn.Module):
         return F.mse_loss(_eps_theta(model, x_t, t), eps)
 
     def x0_theta(self, model, x_t, t, clip=1.0):
-        """The x0 (B, ...) that the model's eps implies at x_t, put in [-clip, clip] as
-        in the authors' code. None leaves it: far off where the signal is nearly 0."""
+        """x0-hat (B, ...), which the model's eps implies at x_t, put in [-clip, clip]
+        as in the authors' code. clip=None does not: near t = T it may be far off."""
         if clip is not None and not clip > 0:
             raise ValueError(f"want clip None or a number above 0, got {clip}")
         x0 = self.predict_x0(x_t, t, _eps_theta(model, x_t, t))
@@ -108,8 +108,8 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip=1.0, generator=None):
-        """x_{t-1} (B, ...) of x_t, int t: line 4 of Algorithm 2, sigma_t^2 = beta~_t.
-        The mean is Eq. 7's at the model's x0: with clip=None that is Eq. 11."""
+        """x_{t-1} (B, ...) of x_t, int t: line 4 of Algorithm 2, sigma_t^2 = beta~_t,
+        one of Sec. 3.2's two. The mean is Eq. 7's at x0-hat: Eq. 11, if not clipped."""
         t_all = torch.full(x_t.shape[:1], t, device=x_t.device)
         x0 = self.x0_theta(model, x_t, t_all, clip)
         mean, variance = self.q_posterior(x0, x_t, t_all)
@@ -119,7 +119,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def ddim_sample(self, model, x_t, t, t_prev, eta=1.0, clip=1.0, generator=None):
         """x_{t_prev} (B, ...) of x_t, ints t_prev < t (Song et al. 2021, Eqs. 12, 16).
-        eta = 0 adds no noise; eta = 1 with t_prev = t - 1 is p_sample."""
+        eta = 0, their DDIM, adds no noise; eta = 1 to t_prev = t - 1 is p_sample."""
         if not 0 <= t_prev < t <= self.T or not 0 <= eta <= 1:
             raise ValueError(f"want t_prev < t in 0..T, eta in 0..1: {t_prev, t, eta}")
         t_all = torch.full(x_t.shape[:1], t, device=x_t.device)
@@ -128,21 +128,22 @@ class GaussianDiffusion(nn.Module):
         noise, noise_prev = self.noise[t], self.noise[t_prev]
         eps = (x_t - signal * x0) / noise                       # of the clipped x0
         alpha = (signal / signal_prev) ** 2                     # alpha_t, if one step
-        sigma = eta * noise_prev / noise * (1 - alpha).sqrt()               # Eq. 16
+        sigma = eta * noise_prev / noise * (1 - alpha).sqrt()       # Song's Eq. 16
         rest = (noise_prev**2 - sigma**2).clamp(min=0)          # negative by rounding
         z = _randn_like(x_t, generator)
-        return signal_prev * x0 + rest.sqrt() * eps + sigma * z             # Eq. 12
+        return signal_prev * x0 + rest.sqrt() * eps + sigma * z     # Song's Eq. 12
 
     def sample(self, model, shape, steps=None, eta=1.0, clip=1.0, generator=None):
-        """Yield x_T ~ N(0, I), ..., x_0, (B, ...), each a copy: Algorithm 2, or with
-        steps or another eta ddim_sample at times(steps). Warns of a bad T or clip."""
+        """Yield x_T ~ N(0, I), ..., x_0, (B, ...), each a copy: Algorithm 2 (there clip
+        is None), or with steps or eta ddim_sample at times(steps). clip: max |x0|."""
         if self.alpha_bar[-1] > 0.01:
-            warnings.warn("alpha_bar_T is above 0.01: want larger betas", stacklevel=2)
+            warnings.warn("alpha_bar_T > 0.01: want larger betas, or T", stacklevel=2)
         if clip is None and self.signal[-1] < 1e-3:
-            warnings.warn("x_T is divided by nearly 0: want clip=3.0", stacklevel=2)
+            warnings.warn("x_T is divided by nearly 0: clip at max |x0|", stacklevel=2)
+        times = self.times(self.T if steps is None else steps)
         x = _randn_like(self.beta.new_empty(shape), generator)
         yield x.clone()
-        for t, t_prev in pairwise(self.times(self.T if steps is None else steps)):
+        for t, t_prev in pairwise(times):
             if steps is None and eta == 1:
                 x = self.p_sample(model, x, t, clip, generator)
             else:
@@ -150,22 +151,22 @@ class GaussianDiffusion(nn.Module):
             yield x.clone()
 
     def times(self, steps):
-        """The times T, ..., 0 of a chain of so many steps, 1..T, a list of ints."""
+        """The times T, ..., 0, a list of steps + 1 ints: every t, if steps = T."""
         if not 1 <= steps <= self.T:
             raise ValueError(f"want steps in 1..{self.T}, got {steps}")
         i = torch.arange(steps, -1, -1)
         t = self.T * (i.double() / steps) ** 1.5        # why 1.5: docs/derivations.md
-        return torch.maximum(t.round().long(), i).tolist()
+        return torch.maximum(t.round().long(), i).tolist()      # >= i: no time twice
 
     def vlb_term(self, model, x0, t, clip=1.0, generator=None):
-        """Eq. 5's term for t, nats (B,), at one x_t: L_{t-1}, or for t = 1 the L_0 of
-        8-bit x0. p's variance is beta~_t, for t = 1 beta~_2 (authors' code), T >= 2."""
+        """Eq. 5's L_{t-1} at one x_t, nats (B,); for t = 1 L_0, of 8-bit x0. sigma_t^2
+        is beta~_t, but sigma_1^2 is beta~_2, as in the authors' code, so T >= 2."""
         x_t = self.q_sample(x0, t, _randn_like(x0, generator))
         x0_model = self.x0_theta(model, x_t, t, clip)
         mean_q, _ = self.q_posterior(x0, x_t, t)
         mean_p, _ = self.q_posterior(x0_model, x_t, t)
         variance = _at(self.beta_tilde, t.clamp(min=2), x0)
-        kl = (mean_q - mean_p) ** 2 / (2 * variance)            # Eq. 8, for t > 1
+        kl = (mean_q - mean_p) ** 2 / (2 * variance)            # Eq. 8, C = 0, t > 1
         log_p = discretised_log_likelihood(x0, mean_p, variance)        # Eq. 13, t = 1
         nats = torch.where(t.reshape(variance.shape) == 1, -log_p, kl)
         return nats.reshape(len(x0), -1).sum(1)
@@ -179,17 +180,16 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def bits_per_dim(self, model, x0, clip=1.0, generator=None):
         """Eq. 5 in bits/dim, (B,), an unbiased estimate for each x0 of 8 bits: its term
-        for one t, drawn with probability p_t, over p_t. Average over many x0."""
+        for one t, drawn with probability rho_t, over rho_t. Average over many x0."""
         level = (x0 + 1) * 127.5
         if not torch.allclose(level, level.round().clamp(0, 255), rtol=0, atol=0.01):
             raise ValueError(f"want float32 x0 = k / 127.5 - 1: {x0.min()}..{x0.max()}")
-        # In proportion to L_{t-1} of N(0, I) data (docs/derivations.md), 1 as 2.
+        # As L_{t-1} of N(0, I) data (docs/derivations.md); t = 1 as often as t = 2.
         t = torch.arange(1, self.T + 1, device=x0.device).clamp(min=2)
-        snr_prev = (self.signal[t - 1] / self.noise[t - 1]) ** 2
-        weight = self.beta[t] * snr_prev
-        p = weight / weight.sum()
-        i = torch.multinomial(p, len(x0), replacement=True, generator=generator)
-        term = self.vlb_term(model, x0, i + 1, clip, generator) / p[i]
+        weight = self.beta[t] * (self.signal[t - 1] / self.noise[t - 1]) ** 2
+        rho = weight / weight.sum()
+        i = torch.multinomial(rho, len(x0), replacement=True, generator=generator)
+        term = self.vlb_term(model, x0, i + 1, clip, generator) / rho[i]
         nats = term + self.prior_kl(x0)
         return nats / (x0[0].numel() * math.log(2))
 
@@ -225,7 +225,7 @@ def discretised_log_likelihood(x0, mean, var):
     x0 in [-1, 1]; at both ends the bin reaches to infinity."""
     a = (x0 - 1 / 255 - mean) / var.sqrt()
     b = (x0 + 1 / 255 - mean) / var.sqrt()
-    # Infinity, with gradients: 40 standard deviations beyond the mean and the bin.
+    # For infinity, so that gradients are finite: 40 deviations beyond mean and bin.
     a = torch.where(x0 < -0.999, -40 - b.abs(), a)
     b = torch.where(x0 > 0.999, 40 + a.abs(), b)
     # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): in the left tail Phi keeps its digits.
@@ -237,11 +237,11 @@ def discretised_log_likelihood(x0, mean, var):
 
 def guide(strong, weak, s):
     """The callable (x_t, t) -> eps_weak + s (eps_strong - eps_weak), s a number or a
-    (B, 1, ...): classifier-free guidance, if weak is strong without its label (Ho &
-    Salimans 2022, Eq. 6), autoguidance, if trained less (Karras et al. 2024)."""
+    (B, 1, ...). Classifier-free guidance, if weak is strong without its label (Ho &
+    Salimans 2022, Eq. 6, s = 1 + w); autoguidance, if trained less (Karras 2024)."""
     def guided(x_t, t):
-        eps_weak = weak(x_t.clone(), t.clone()).clone()     # its buffer may be strong's
-        return eps_weak + s * (strong(x_t, t) - eps_weak)
+        eps_weak = _eps_theta(weak, x_t, t).clone()         # strong may overwrite it
+        return eps_weak + s * (_eps_theta(strong, x_t, t) - eps_weak)
     return guided
 
 
@@ -269,10 +269,10 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """eps (B, C, H, W) of x (B, C, H, W) at t, int64 (B,), for one small shape, H and W
-    divisible by 4. y: int64 (B,), labels below classes; -1, or no y, is the null
-    label. width: channels at H/2, by eights. After App. B, but space-to-depth for the
-    level H, and for attention two fully connected layers, which grow with H W: at
-    64 x 64 25 million weights for width 96, at 256 x 256 100 million for 24."""
+    divisible by 4. y: int64 (B,), labels below classes; -1, or no y, is the null label.
+    width: channels at H/2, a multiple of 8. App. B's, with space-to-depth for the level
+    H, and for attention two linear layers, whose weights grow with H W: 25 million at
+    64 x 64 and width 96, 100 million at 256 x 256 and width 24."""
 
     def __init__(self, shape=(1, 28, 28), width=48, classes=0):
         super().__init__()

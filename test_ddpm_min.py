@@ -1,8 +1,8 @@
 """Proofs of ddpm_min.py: the identities of Ho et al. 2020 (arXiv 2006.11239). Each test
 compares one with the paper's formula or a first principle; closed forms agree to 1e-10
 in float64 (the buffers' float32 to 1e-5), estimates to five standard errors, and
-docs/derivations.md says why each holds. On a GPU, with other draws:
-DEVICE=cuda SEED_OFFSET=1 pytest test_ddpm_min.py
+docs/derivations.md says why each holds. Schedules, guidance, bits, edges: tests/. On a
+GPU, with other draws: DEVICE=cuda SEED_OFFSET=1 pytest test_ddpm_min.py
 """
 import math
 import os
@@ -145,7 +145,7 @@ def test_predict():
 
 
 def test_loss():
-    """A model that knows eps and errs by 1, ..., T has the loss mean of t^2."""
+    """A model that knows eps and errs by i on image i has the loss mean of i^2."""
     error = t.double().reshape(T, 1, 1, 1)
 
     def model(x, n):
@@ -158,8 +158,8 @@ def test_loss():
 
 
 def test_loss_draws():
-    """t is uniform on 1..T, each pixel of eps N(0, 1); these and the squares of eps are
-    not correlated in an image, with the next image, or with that of the other half."""
+    """t is uniform on 1..T, each pixel of eps N(0, 1); t, eps, eps^2 are uncorrelated
+    in an image, t and eps also with those of the next, and half a batch away."""
     seen, N = [], 1000 * T
 
     def model(x, n):
@@ -220,7 +220,8 @@ def test_L_t(clip):
 
 
 def test_L_0():
-    """L_0 = -log of the mass in x0 +- 1/255, Eq. 13, with sigma_1^2 = beta~_2."""
+    """L_0 = -log of the mass in x0 +- 1/255, Eq. 13 between its ends, with sigma_1^2 =
+    beta~_2."""
     ours = diffusion.vlb_term(some_model, x0, t, generator=eps_again())
 
     mean, _ = implied(x_t, t, some_model(x_t, t))
@@ -237,30 +238,17 @@ def test_L_T():
     assert_close(ours, kl.sum((1, 2, 3)))
 
 
+@pytest.mark.parametrize("clip", [None, 1.0, 0.3])
 @pytest.mark.parametrize("n", [1, 2, 25, T])
-def test_algorithm_2(n):
-    """Line 4 of Algorithm 2, with sigma_t^2 = beta~_t, if x0 is not clipped."""
+def test_algorithm_2(n, clip):
+    """Line 4 of Algorithm 2, with sigma_t^2 = beta~_t; where x0 is clipped, with the
+    eps that the clipped x0 implies."""
     x = 3 * x_t                                         # any will do
-
-    ours = diffusion.p_sample(some_model, x, n, None, eps_again())
-
-    mean = mean_by_eps(n, x, some_model(x, n))
-    assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
-
-
-@pytest.mark.parametrize("clip", [1.0, 0.3])
-@pytest.mark.parametrize("n", [1, 2, 25, T])
-def test_clip(n, clip):
-    """The step draws from q(x_{t-1} | x_t, x0), Eqs. 6 and 7, at the model's x0 within
-    its bound."""
-    x = 3 * x_t
 
     ours = diffusion.p_sample(some_model, x, n, clip, eps_again())
 
-    x0_model, _ = implied(x, n, some_model(x, n), clip)
-    weight_0 = signal[n - 1] * beta[n] / noise[n] ** 2
-    weight_t = alpha[n].sqrt() * (noise[n - 1] / noise[n]) ** 2
-    mean = weight_0 * x0_model + weight_t * x
+    _, model_eps = implied(x, n, some_model(x, n), clip)
+    mean = mean_by_eps(n, x, model_eps)
     assert_close(ours, mean + beta_tilde(n).sqrt() * eps)
 
 
@@ -291,8 +279,8 @@ def test_ddim_is_algorithm_2(n):
 
 @pytest.mark.parametrize("eta", [0, 0.5, 1])
 def test_marginals(eta):
-    """With the eps of one x0, x_t ~ q(x_t | x0) goes to x_s ~ q(x_s | x0) for every eta
-    (Song et al. 2021, Lemma 1); over two strides."""
+    """By the eps of data that are one point x_t ~ q(x_t | x0) goes to x_s ~ q(x_s | x0)
+    for every eta (Song et al. 2021, Lemma 1); over two strides."""
     def model(x, n):
         return (x - signal[n] * 0.7) / noise[n]
 
@@ -312,8 +300,8 @@ def test_marginals(eta):
     (None, range(T, -1, -1), 1), (None, [50, 49, 48], 0.5),
     (7, [50, 40, 30, 22, 14, 8, 3, 0], 1)])
 def test_sample(steps, times, eta):
-    """Algorithm 2 from x_T ~ N(0, I) on; with eta or steps DDIM, at t = T (i/S)^1.5,
-    whatever is done to x."""
+    """The steps above from x_T ~ N(0, I) on: Algorithm 2's, or with eta or steps DDIM's
+    at t = T (i/S)^1.5, though the caller overwrites x."""
     ours = []
     for x in diffusion.sample(some_model, x0.shape, steps, eta, 0.3, eps_again()):
         ours.append(x.clone())

@@ -63,8 +63,8 @@ def test_any_T(schedule, T, t_prev):
 
 
 @pytest.mark.parametrize("wrong, says, options", [
-    (partial(linear_schedule, 100), "alpha_bar_T is above 0.01: want larger betas", {}),
-    (cosine_schedule, "x_T is divided by nearly 0: want clip=3.0", {"clip": None})])
+    (partial(linear_schedule, 100), "alpha_bar_T > 0.01: want larger betas, or T", {}),
+    (cosine_schedule, "x_T is divided by nearly 0: clip at max |x0|", {"clip": None})])
 def test_sample_warns(wrong, says, options):
     """Of an x_T that is not N(0, I), or that is divided by 5e-5: once, and of no other
     schedule."""

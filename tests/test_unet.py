@@ -98,12 +98,13 @@ def test_uses_every_weight(shape):
 
 
 def test_skip_connections():
-    """Each decoder sees its encoder's output beside what comes from below."""
+    """Each decoder sees its encoder's output, as does the way down."""
     seen = run(random(UNet(SHAPE, 8, 3)), *batch())
     seen["encode_stem"] = seen["stem"]
     for level in ("stem", "fine", "coarse"):
         skip, joined = seen[f"encode_{level}"][1], seen[f"decode_{level}"][0]
         assert_close(joined[:, -skip.shape[1]:], skip)
+    assert_close(seen["down"][0], seen["encode_fine"][1])
 
 
 def test_compiled_and_exported():
