@@ -23,12 +23,12 @@ import ddpm_min as ddpm
 
 MNIST = Path(__file__).resolve().parent / "data" / "mnist.npz"
 # Two cores train a narrow network on more images: docs/experiments.md.
-CPU = dict(images=500_000, batch_size=64, lr=3.5e-3, width=24)
-CUDA = dict(images=1_800_000, batch_size=256, lr=2.5e-3, width=96)
+CPU = dict(images=500_000, batch_size=64, lr=3.5e-3, width=24, schedule="laplace")
+CUDA = dict(images=1_800_000, batch_size=256, lr=2.5e-3, width=96, schedule="laplace")
 SETTINGS = "epochs batch_size lr width schedule conditional clusters".split()
-RANGES = {"sample": (1, 1e9), "epochs": (1e-6, 1e6), "batch_size": (1, 1e9),
-          "lr": (1e-9, 1), "width": (8, 1e4), "clusters": (1, 1e9), "steps": (1, 1000),
-          "eta": (0, 1), "guidance": (-100, 100), "seed": (0, 2**63 - 1)}
+RANGES = {"sample": (1, 10**6), "epochs": (1e-6, 1e6), "batch_size": (1, 10**5),
+          "lr": (1e-9, 1), "width": (8, 1024), "clusters": (1, 10**4), "eta": (0, 1),
+          "steps": (1, 1000), "guidance": (-100, 100), "seed": (0, 2**63 - 1)}
 
 
 def load_data(config, split):
@@ -48,7 +48,7 @@ def load_data(config, split):
         sys.exit(f"{found}: want x uint8 (N, H, W[, 3]), H and W divisible by 4")
     if labelled:
         found += f", y_{split} {y.dtype} {y.shape}"
-        if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
+        if y.dtype.kind not in "iu" or y.shape != (len(x),) or np.int64(y).min() < 0:
             sys.exit(f"{found}: want y (N,), integers of 0 or more: docs/recipes.md")
     print(f"{found}, {x.min()}..{x.max()}, white is 255", flush=True)
     x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
@@ -62,7 +62,7 @@ def load_data(config, split):
     known = torch.tensor([-1, *labels])
     if list(x.shape[1:]) != shape or not torch.isin(values, known).all():
         sys.exit(f"{found}: want images {shape}, labels {labels}, as the model's")
-    return x, torch.searchsorted(known, y) - 1
+    return x, torch.searchsorted(known, y) - 1          # y's place in labels, or -1
 
 
 def k_means(x, K, seed):
@@ -72,20 +72,18 @@ def k_means(x, K, seed):
     centres = points[np.random.default_rng(seed).permutation(len(x))[:K]]
     for _ in range(25):
         nearest = torch.cdist(points, centres).argmin(1)
-        member = torch.nn.functional.one_hot(nearest, len(centres)).float()     # (N, K)
-        centres = member.T @ points / member.sum(0)[:, None].clamp(min=1)
+        total = torch.zeros_like(centres).index_add(0, nearest, points)
+        centres = total / nearest.bincount(minlength=len(centres))[:, None].clamp(min=1)
     return nearest
 
 
 def write_file(path, data):
-    """Write bytes whole or not at all; where there is no room the program ends."""
+    """Write bytes whole or not at all; OSError where they cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         temporary.replace(path)
-    except OSError as error:
-        sys.exit(f"cannot write {path}: {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -100,14 +98,14 @@ class Run:
         betas = getattr(ddpm, config["schedule"] + "_schedule")()
         self.diffusion = ddpm.GaussianDiffusion(betas).to(device)
         with torch.random.fork_rng(devices=[]):         # torch's own state stays
-            torch.default_generator.manual_seed(config["seed"])
+            torch.default_generator.manual_seed(config["seed"])     # not CUDA's
             model = ddpm.UNet(config["shape"], config["width"], len(config["labels"]))
         cuda = device.type == "cuda"
         layout = torch.contiguous_format if cuda else torch.channels_last
         self.model = model.to(device, memory_format=layout)
         self.average = AveragedModel(model)
         self.optimiser = torch.optim.Adam(
-            self.model.parameters(), betas=(0.9, 0.95), fused=True)
+            self.model.parameters(), betas=(0.9, 0.95), fused=True)     # rate: below
         # Networks compute in bfloat16 where a GPU has it, uncached, as capture wants.
         on = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, on, False)
@@ -171,14 +169,14 @@ def capture(run):
     x_t = torch.zeros(run.config["batch_size"], *run.config["shape"], device=run.device)
     t = torch.ones(len(x_t), dtype=torch.int64, device=run.device)
     with run.autocast():
-        torch.cuda.make_graphed_callables(run.model, (x_t, t, -t))      # y = -1
+        torch.cuda.make_graphed_callables(run.model, (x_t, t, -t))      # y: -1
 
 
 def train_step(run, x_train, y_train):
     """A step of Algorithm 1 on what load_data returns; the loss, detached."""
     config, draws = run.config, {"generator": run.generator, "device": run.device}
     i = torch.randint(len(x_train), (config["batch_size"],), **draws)
-    x0 = x_train[i].float() / 127.5 - 1
+    x0 = x_train[i] / 127.5 - 1
     # A tenth is told no class, for guidance (Ho & Salimans 2022, Sec. 4.2).
     y = y_train[i].masked_fill(torch.rand(len(i), **draws) < 0.1, -1)
     def model(x_t, t):
@@ -203,7 +201,7 @@ def train_step(run, x_train, y_train):
 
 def train(run, x_train, y_train, path):
     """Train to the last step; every ten seconds print a line and save at path."""
-    first_step, start, saved = run.step, time.monotonic(), -math.inf
+    first_step, start, saved = run.step, time.monotonic(), -math.inf    # saves step 1
     loss = torch.zeros((), device=run.device)           # mean of the last 100 or so
     if run.step == run.steps:
         print(f"{path} is finished, at step {run.step}", flush=True)
@@ -224,15 +222,15 @@ def train(run, x_train, y_train, path):
 def sample(run, args):
     """Draw args.sample images, or 100, into samples.png and, if asked, an .npz."""
     n, labels, device = args.sample or 100, run.config["labels"], run.device
-    known = labels if run.config["conditional"] else []
-    if args.label not in (None, *known) or args.guidance != 1 and not labels:
-        sys.exit(f"--label, --guidance: the model's labels are {known}")
+    choices = labels if run.config["conditional"] else []
+    if args.label not in (None, *choices) or args.guidance != 1 and not labels:
+        sys.exit(f"--label, --guidance: the model's labels are {choices}")
     run.generator.manual_seed(args.seed)
     y = torch.full((n,), -1, device=device)
     if args.label is not None:
         y.fill_(labels.index(args.label))
-    elif known:                             # in order, as evenly as n allows
-        y = torch.arange(n, device=device) * len(known) // n
+    elif choices:                           # in order, as evenly as n allows
+        y = torch.arange(n, device=device) * len(choices) // n
     elif labels:                            # clusters, by their shares
         shares = torch.tensor(run.config["shares"], device=device)
         y = shares.multinomial(n, replacement=True, generator=run.generator)
@@ -240,7 +238,7 @@ def sample(run, args):
     if args.npz:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, x=images, y=np.array([*labels, -1])[y.cpu()])
-        write_file(args.npz, buffer.getvalue())
+        write_file(args.npz.with_suffix(".npz"), buffer.getvalue())
     write_file(args.out / "samples.png", ddpm.encode_png(grid(images)))
     print("wrote", args.out / "samples.png", args.npz or "")
 
@@ -274,7 +272,7 @@ def parse_arguments(argv=None):
     add("--batch-size", type=int, help="train: default 64, on CUDA 256")
     add("--lr", type=float, help="train: Adam's, default 0.0035, on CUDA 0.0025")
     add("--width", type=int, help="train: by eights, default 24, on CUDA 96")
-    add("--schedule", choices=["laplace", "cosine", "linear"], default="laplace",
+    add("--schedule", choices=["laplace", "cosine", "linear"],
         help="train: default laplace; cosine suits fine texture, photographs")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--conditional", action="store_true", help="train with labels")
@@ -298,7 +296,7 @@ def parse_arguments(argv=None):
     unfit += [] if args.sample or args.evaluate else ["model"]
     for name in unfit:
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} does not go with the others")
+            parser.error(f"--{name.replace('_', '-')} is not for this: see --help")
     return args
 
 
@@ -338,3 +336,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        sys.exit(f"cannot write: {error}")

@@ -38,7 +38,7 @@ def bound(x0, diffusion, reverse, eps):
     mean and variance of p(x^{t-1} | x^t), broadcast with x_t."""
     n, d = x0.shape
     t = torch.arange(2, diffusion.T + 1)                # q_sample's batch: the steps
-    x0 = x0.expand(len(t), n, d)
+    x0 = x0.expand(len(t), n, d)                        # (T-1, n, d)
     x_t = diffusion.q_sample(x0, t, eps)
     mean_q, var_q = diffusion.q_posterior(x0, x_t, t)
     mean_p, var_p = reverse(x_t, t)
@@ -264,9 +264,9 @@ def parse_arguments(argv=None):
     add("--out", type=Path, default="out", help="folder of the pictures (default: out)")
     args = parser.parse_args(argv)
     args.steps = STEPS[args.net] if args.steps is None else args.steps
-    if args.steps < 1 or not 0.001 <= args.noise <= 10:
-        found = f"{args.steps}, {args.noise}"
-        parser.error(f"want --steps from 1, --noise in 0.001..10, got {found}")
+    if args.steps < 1 or not 0.001 <= args.noise <= 10 or not 0 <= args.seed < 2**63:
+        found = f"{args.steps}, {args.noise}, {args.seed}"
+        parser.error(f"want --steps 1.., --noise 0.001..10, --seed 0.., got {found}")
     return args
 
 
@@ -287,11 +287,11 @@ def main(argv=None):
         nats.append(bound(part, diffusion, reverse, eps))
     bits = torch.cat(nats) / math.log(2)
     K = bits.mean()
-    error = bits.std() / math.sqrt(HELD_OUT)
+    deviation = bits.std() / math.sqrt(HELD_OUT)        # of the mean
     L_null = -math.log2(2 * math.pi * math.e)           # of p(x^T) = N(0, I), Table 1
     ceiling = roll.ceiling() / math.log(2)
-    print(f"K={K:.3f} +- {error:.3f} K-L_null={K - L_null:.3f} ceiling={ceiling:.3f} "
-          f"gap={ceiling - K:.3f} bits/point, held out", flush=True)
+    print(f"K={K:.3f} +- {deviation:.3f} K-L_null={K - L_null:.3f} "
+          f"ceiling={ceiling:.3f} gap={ceiling - K:.3f} bits, held out", flush=True)
     states = list(sample(diffusion, reverse, 10_000, generator))
     distance, _ = roll.nearest(states[-1])
     near = (distance < 0.1).double().mean()
