@@ -64,13 +64,13 @@ def test_weights():
 
 
 def test_score():
-    """Section 6: -E[eps | x_t] / sqrt(1 - alpha_bar_t) is the gradient of log q(x_t) of
-    data N(0.4, 0.09), where E[eps | x_t] is the linear regression."""
+    """Section 6: the score of data N(0.4, 0.09) is -E[eps | x_t] over the noise."""
     x = torch.linspace(-2, 2, 9).double().requires_grad_()
-    mean, var = bar[300].sqrt() * 0.4, bar[300] * 0.09 + 1 - bar[300]
-    Normal(mean, var.sqrt()).log_prob(x).sum().backward()
-    eps = (1 - bar[300]).sqrt() / var * (x - mean)
-    close(-eps / (1 - bar[300]).sqrt(), x.grad)
+    signal, noise = bar[300].sqrt(), (1 - bar[300]).sqrt()
+    q = Normal(0.4 * signal, torch.hypot(0.3 * signal, noise))
+    q.log_prob(x).sum().backward()
+    eps = noise / q.variance * (x - q.mean)
+    close(-eps / noise, x.grad)
 
 
 def test_two_variances():
@@ -83,8 +83,7 @@ def test_two_variances():
 
 
 def test_guided_score_is_of_no_noised_density():
-    """Section 8: for data N(0, 1), and of variance 1/2 given y, q(x_t) q(y | x_t)^s has
-    the precision of that of t = 0, noised, for s = 0 and 1 only."""
+    """Section 8: data N(0, 1), N(0, 1/2) given y: precisions agree at s = 0, 1 only."""
     s = torch.arange(4).double()
     precision = 1 - s + s / (1 - bar[300] / 2)
     noised = 1 / (bar[300] / (1 + s) + 1 - bar[300])
@@ -125,8 +124,7 @@ def test_few_steps():
 
 
 def test_price_of_a_diagonal():
-    """Section 10: log(C_11 C_22 / det C) / 2 for variances 1 and 1 / r turned by psi,
-    its mean over psi, and r and the bits of 39 steps."""
+    """Section 10: log(C_11 C_22 / det C) / 2 for variances 1, 1 / r turned by psi."""
     beta = schedule(ROLL.sigma)
     bar = torch.cumprod(1 - beta, 0)
     v = bar * ROLL.sigma**2 + 1 - bar
@@ -138,6 +136,7 @@ def test_price_of_a_diagonal():
     close(loss.mean(), price, rtol=0.01)
     assert "are %.2f, %.2f, %.2f)" % tuple(beta[-3:]) in PROSE
     assert "39 steps of r = %.3f cost" % r in PROSE
+    assert "V_0 = %.1fe-6 in each" % (1e6 * ROLL.sigma**2) in PROSE
     assert "which are %.3f bits" % (39 * price / math.log(2)) in PROSE
 
 

@@ -11,7 +11,6 @@ from ddpm_min import GaussianDiffusion, UNet
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md"))]
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def blocks(page):
@@ -27,21 +26,17 @@ def blocks(page):
     return found
 
 
-def anchors(page):
-    """Those of the page's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)", page.read_text().lower(), re.M)
-    return [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles]
-
-
-@each_page
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Each relative link to a file here, each anchor to a heading of its page."""
     links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text())
     for path, anchor in links:
         target = (page.parent / path).resolve() if path else page
-        assert target.exists(), path
-        assert target.is_relative_to(ROOT), path
-        assert not anchor or anchor in anchors(target), anchor
+        assert target.exists() and target.is_relative_to(ROOT), path
+        if anchor:                          # as GitHub makes them of headings
+            headings = re.findall(r"^#+ (.+)", target.read_text().lower(), re.M)
+            plain = [re.sub(r"[^\w\- ]", "", heading) for heading in headings]
+            assert anchor in [name.replace(" ", "-") for name in plain], anchor
 
 
 def test_readme_code_draws_images(tmp_path, monkeypatch):
@@ -57,7 +52,7 @@ def test_readme_code_draws_images(tmp_path, monkeypatch):
     torch.manual_seed(0)
     shape = re.search(r"UNet\(\((\d+), (\d+), (\d+)\)", README.read_text()).groups()
     x0 = torch.rand(4, *map(int, shape)) * 2 - 1
-    names = {"device": "cpu", "x0": x0}
+    names = {"x0": x0}
     for code in sum(blocks(README).values(), []):
         exec(code, names)
     assert names["x"].shape[1:] == x0.shape[1:]
