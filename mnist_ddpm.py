@@ -240,7 +240,7 @@ def sample(run, args):
         np.savez_compressed(buffer, x=images, y=np.array([*labels, -1])[y.cpu()])
         write_file(args.npz.with_suffix(".npz"), buffer.getvalue())
     write_file(args.out / "samples.png", ddpm.encode_png(grid(images)))
-    print("wrote", args.out / "samples.png", args.npz or "")
+    print("wrote", args.out / "samples.png")
 
 
 def evaluate(run, x, y):
@@ -282,7 +282,7 @@ def parse_arguments(argv=None):
     add("--eta", type=float, default=1.0, help="sample: default 1, DDPM; 0 is DDIM")
     add("--label", type=int, help="sample: only this, default all")
     add("--guidance", type=float, default=1.0, help="sample: s, default 1, no guidance")
-    add("--npz", type=Path, help="sample: write uint8 x and labels y here, too")
+    add("--npz", type=Path, help="sample: uint8 x and labels y, written to NPZ.npz")
     args = parser.parse_args(argv)
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
