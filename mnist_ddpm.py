@@ -3,9 +3,9 @@
     python mnist_ddpm.py --sample 100 --model assets/model.pt   # digits at once
     python mnist_ddpm.py                            # trains, then draws out/samples.png
     python mnist_ddpm.py --resume                   # goes on after Ctrl-C or a crash
-    python mnist_ddpm.py --clusters 100 --out clusters      # better ones, in that time
+    python mnist_ddpm.py --clusters 300 --out clusters      # better ones, as quickly
 
-Two cores of an AMD EPYC, 5 min 41 s: Frechet distance of 1,000 digits 31, real ones 12.
+Two cores of an AMD EPYC, 5 min 41 s: Frechet distance 19.3, by clusters 8.3, real 3.6.
 """
 import argparse
 import io
