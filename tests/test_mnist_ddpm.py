@@ -117,7 +117,7 @@ def test_1_a_step(monkeypatch):
 
 
 def test_1_the_averaged_weights_draw_and_are_evaluated(capsys):
-    """Each image with its own label; draw's pixels are those of x_0."""
+    """Each image with its own label; pixels are those of x_0; guided by 0, no label."""
     run, y, draws = small_run(labels=[0, 1]), torch.tensor([0, 1]), torch.Generator()
     for weight in run.average.module.parameters():
         torch.nn.init.normal_(weight, std=0.1, generator=draws.manual_seed(2))
@@ -126,6 +126,9 @@ def test_1_the_averaged_weights_draw_and_are_evaluated(capsys):
     draws.manual_seed(1)
     *_, x_0 = run.diffusion.sample(model, x0.shape, 3, generator=draws)
     assert (ours - (x_0[:, 0] + 1) * 127.5).abs().max() <= 0.5
+    guided = mnist.draw(run, y, draws.manual_seed(1), steps=3, guidance=0)
+    unlabelled = mnist.draw(run, 0 * y - 1, draws.manual_seed(1), steps=3)
+    assert guided.equal(unlabelled) and not guided.equal(ours)
     mnist.evaluate(run, IMAGES[:2], y)
     bits = run.diffusion.bits_per_dim(model, x0, generator=draws.manual_seed(0))
     assert capsys.readouterr().out.split("\n")[-2].startswith(f"{bits.mean():.3f} +- ")
@@ -212,7 +215,7 @@ def test_5_loading_runs_no_code_and_changes_nothing_else(ending):
     assert "cannot read evil" in ending("--data evil")
     assert os.listdir() == ["evil"]
     small_run().save(Path("o/model.pt"))
-    before = torch.get_rng_state()
+    before = torch.manual_seed(1).get_state()           # another seed than the run's
     mnist.load_run("o/model.pt", "cpu")
     assert before.equal(torch.get_rng_state())
 
